@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set everything up with nothing but python3.11 and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test check setup golden
+
+demo: setup
+	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
+	$(BIN)/pipecompile verify build
+	$(BIN)/pipecompile run build --steps 20
+
+test: setup
+	$(MAKE) check
+
+check:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+golden: setup
+	$(BIN)/python -m pytest --update-golden
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[examples,test]'
+	touch $@

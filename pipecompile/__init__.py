@@ -1,0 +1,1 @@
+"""pipecompile: a compiler that makes a pipeline-parallel training program out of an unmodified PyTorch model."""

@@ -1,0 +1,31 @@
+"""The command line: ``pipecompile model.py --stages 8`` and its subcommands, each a module of this folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from pipecompile.errors import PipecompileError
+
+COMMANDS = ("compile", "run", "verify", "schedule", "partition")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 if it did what was asked, 1 for a user's error, 2 for a usage error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words and words[0] in COMMANDS else "compile"
+    rest = words[1:] if words and words[0] in COMMANDS else words
+    parser = argparse.ArgumentParser(
+        prog="pipecompile" if name == "compile" else f"pipecompile {name}",
+        epilog=f"Commands: pipecompile model.py (the default: compile), {', '.join(COMMANDS[1:])}; each has --help.",
+    )
+    command = importlib.import_module(f"pipecompile.cli.{name}")
+    command.add_arguments(parser)
+    options = parser.parse_args(rest)
+    try:
+        return int(command.run(options) or 0)
+    except PipecompileError as error:
+        print(f"pipecompile: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,45 @@
+"""The tree of errors: each is named after what went wrong for the user, and its message names the remedy."""
+
+
+class PipecompileError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class CaptureError(PipecompileError):
+    """The model, its batch or its loss could not be traced into a graph."""
+
+
+class CostError(PipecompileError):
+    """Costs are missing, malformed or impossible (negative, NaN)."""
+
+
+class PartitionError(PipecompileError):
+    """The graph cannot be cut as asked."""
+
+
+class ScheduleError(PipecompileError):
+    """A schedule is unknown, or does not allow the shape asked of it."""
+
+
+class ProgramError(PipecompileError):
+    """A program breaks one of the rules that make it safe to run; the message names the instruction."""
+
+
+class MemoryLimitError(PartitionError):
+    """A rank needs more memory than it has."""
+
+
+class BuildError(PipecompileError):
+    """A build directory is missing something, was changed, or was made by another version."""
+
+
+class BatchError(PipecompileError):
+    """A batch does not fit the program: not divisible, or of another shape than the compiled one."""
+
+
+class RuntimeFault(PipecompileError):
+    """A program failed while it ran; the message names rank, instruction, microbatch and peer."""
+
+
+class VerificationError(PipecompileError):
+    """The pipeline's loss, a gradient or a buffer differs from the unsplit model's."""

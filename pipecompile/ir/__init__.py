@@ -1,0 +1,62 @@
+"""The values that passes hand to each other: frozen, checked when made, and free of torch objects.
+
+    Graph        the traced model: inputs, nodes in program order, the module calls they belong to
+    CostGraph    what partitioning needs to know of a graph: time, bytes, order
+    Partition    a stage for every node, and what crosses between stages
+    Shape        stages, ranks, microbatches, placement
+    Timetable    the compute order of each rank            Program    the same with communication
+    Forecast     when everything runs, and how much memory it takes
+
+Units: times in milliseconds, sizes in bytes. ``str(value)`` is the text that golden tests compare.
+"""
+
+from pipecompile.ir.graph import Attribute, AttributeInfo, Call, Graph, Node, Path, Ref, Spec, Value
+from pipecompile.ir.partition import CostGraph, CostNode, CostTensor, Parameter, Partition, Shared, StageCost, Transfer
+from pipecompile.ir.program import (
+    COMPUTE,
+    OPS,
+    PROGRAM_VERSION,
+    RECEIVES,
+    SENDS,
+    Forecast,
+    Instruction,
+    Port,
+    Program,
+    Shape,
+    Span,
+    StagePlan,
+    Timetable,
+)
+
+__all__ = [
+    "COMPUTE",
+    "OPS",
+    "PROGRAM_VERSION",
+    "RECEIVES",
+    "SENDS",
+    "Attribute",
+    "AttributeInfo",
+    "Call",
+    "CostGraph",
+    "CostNode",
+    "CostTensor",
+    "Forecast",
+    "Graph",
+    "Instruction",
+    "Node",
+    "Parameter",
+    "Partition",
+    "Path",
+    "Port",
+    "Program",
+    "Ref",
+    "Shape",
+    "Shared",
+    "Span",
+    "Spec",
+    "StageCost",
+    "StagePlan",
+    "Timetable",
+    "Transfer",
+    "Value",
+]

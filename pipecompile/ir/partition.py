@@ -1,0 +1,163 @@
+"""What partitioning needs to know of a graph, and what it gives back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipecompile.errors import CostError, PartitionError
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter as a cost: nodes that use the same one share its bytes when they are in one stage."""
+
+    name: str
+    bytes: int
+    trainable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CostNode:
+    """What one microbatch costs in a node. ``weight_ms`` is the part of ``backward_ms`` that makes weight gradients."""
+
+    name: str
+    forward_ms: float
+    backward_ms: float
+    parameters: tuple[Parameter, ...] = ()
+    saved_bytes: int = 0
+    weight_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        for what, cost in (("forward", self.forward_ms), ("backward", self.backward_ms), ("weight", self.weight_ms)):
+            if not (cost >= 0 and math.isfinite(cost)):
+                raise CostError(
+                    f"node {self.name!r}: its {what} time is {cost}, expected a finite number >= 0; mend its cost"
+                )
+        if self.saved_bytes < 0 or any(p.bytes < 0 for p in self.parameters):
+            raise CostError(f"node {self.name!r}: a size is negative; mend its cost")
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(p.bytes for p in self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class CostTensor:
+    """A produced tensor: each other stage that reads it costs ``bytes`` there and ``gradient_bytes`` back."""
+
+    name: str
+    source: int
+    targets: tuple[int, ...]
+    bytes: int
+    gradient_bytes: int = 0
+    kind: str = "F"
+
+    @property
+    def total_bytes(self) -> int:
+        return self.bytes + self.gradient_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CostGraph:
+    """A directed acyclic graph of costs; node ids are positions in ``nodes`` and a topological order."""
+
+    name: str
+    nodes: tuple[CostNode, ...]
+    edges: tuple[tuple[int, int], ...]
+    tensors: tuple[CostTensor, ...]
+    unit: str = "ms"
+
+    def __post_init__(self) -> None:
+        count = len(self.nodes)
+        for u, v in self.edges:
+            if not (0 <= u < count and 0 <= v < count):
+                raise CostError(
+                    f"edge {(u, v)} of graph {self.name!r} names a node that is not there; ids go from 0 to {count - 1}"
+                )
+            if u >= v:
+                raise CostError(f"edge {(u, v)} of graph {self.name!r} goes back; node ids must be a topological order")
+        for t in self.tensors:
+            if t.bytes < 0 or t.gradient_bytes < 0 or not all(0 <= n < count for n in (t.source, *t.targets)):
+                raise CostError(
+                    f"tensor {t.name!r} of graph {self.name!r} has a bad size or names a node that is not there"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A value that goes from stage ``source`` to stage ``target`` for each microbatch, and its gradient's bytes back."""
+
+    value: str
+    source: int
+    target: int
+    bytes: int
+    gradient_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What a stage costs for each microbatch (times, saved activations) and once (parameters)."""
+
+    forward_ms: float
+    backward_ms: float
+    weight_ms: float = 0.0
+    parameter_bytes: int = 0
+    trainable_bytes: int = 0
+    saved_bytes: int = 0
+
+    @property
+    def total_ms(self) -> float:
+        return self.forward_ms + self.backward_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A trainable parameter (canonical FQN) that lives in several stages, whose gradients are summed."""
+
+    parameter: str
+    stages: tuple[int, ...]
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A stage for each node of a cost graph, and what follows from it.
+
+    ``bound_ms``/``bound_bytes`` are proved lower bounds of the bottleneck and of the bytes (0: nothing proved).
+    """
+
+    graph: str
+    stages: int
+    stage: tuple[int, ...]
+    costs: tuple[StageCost, ...]
+    transfers: tuple[Transfer, ...] = ()
+    shared: tuple[Shared, ...] = ()
+    bound_ms: float = 0.0
+    bound_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.costs) != self.stages:
+            raise PartitionError(f"{len(self.costs)} stage costs for {self.stages} stages")
+        bad = [t for t in self.transfers if not 0 <= t.source < t.target < self.stages]
+        if bad:
+            raise PartitionError(f"value {bad[0].value!r} would go from stage {bad[0].source} to stage {bad[0].target}")
+
+    @property
+    def bottleneck_ms(self) -> float:
+        return max(cost.total_ms for cost in self.costs)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.bytes + t.gradient_bytes for t in self.transfers)
+
+    def __str__(self) -> str:
+        lines = [f"partition of {self.graph} into {self.stages} stages"]
+        for s, cost in enumerate(self.costs):
+            lines.append(f"stage {s}: {self.stage.count(s)} nodes, {cost.parameter_bytes} parameter bytes")
+        for t in self.transfers:
+            back = f", {t.gradient_bytes} back" if t.gradient_bytes else ""
+            lines.append(f"{t.source} > {t.target}: {t.value} {t.bytes} bytes{back}")
+        for shared in self.shared:
+            lines.append(f"shared {shared.parameter}: stages {', '.join(map(str, shared.stages))}")
+        return "\n".join(lines)
