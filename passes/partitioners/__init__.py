@@ -1,0 +1,194 @@
+"""Cut a cost graph into stages: ``partition`` is the one entry, ``evaluate`` says what a given stage map costs.
+
+A partitioner is a function from a Problem to an Answer, in a file of this folder, found by the name it is registered
+under: ``@partitioner("mincut")``. It gives None where it found no partition.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Sequence
+
+from pipecompile.errors import PartitionError
+from pipecompile.ir import CostGraph, Partition, Shared, StageCost, Transfer
+from pipecompile.passes.partitioners.problem import Answer, Limits, Problem, make
+
+Partitioner = Callable[[Problem], Answer | None]
+_REGISTERED: dict[str, Partitioner] = {}
+
+
+def partitioner(name: str) -> Callable[[Partitioner], Partitioner]:
+    """Register a partitioner under a name."""
+
+    def register(function: Partitioner) -> Partitioner:
+        _REGISTERED[name] = function
+        return function
+
+    return register
+
+
+def partitioners() -> dict[str, Partitioner]:
+    """Every partitioner of this folder by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_REGISTERED.items()))
+
+
+def partition(
+    graph: CostGraph,
+    stages: int,
+    *,
+    tolerance: float = 0.05,
+    method: str = "default",
+    memory: int | Sequence[int] | None = None,
+    in_flight: Sequence[int] | None = None,
+    placement: Sequence[int] | None = None,
+    state_factor: float = 4.0,
+    speeds: Sequence[float] | None = None,
+    bandwidths: Sequence[float] | None = None,
+    time_limit: float = 10.0,
+) -> Partition:
+    """Cut a graph into stages: the least time of the slowest stage, then the fewest bytes within the tolerance.
+
+    ``memory`` is each rank's limit in bytes (one number: the same for all), ``placement`` the rank of each stage (its
+    own, unless given). A stage holds ``state_factor`` times its trainable parameters (weight, gradient, two moments of
+    the optimizer: 4), its frozen ones once, and the saved activations of ``in_flight`` microbatches (1F1B's, unless
+    given). ``speeds`` are the devices' relative speeds, ``bandwidths`` those of the links between stages s and s+1.
+    """
+    known = partitioners()
+    if method not in known:
+        raise PartitionError(f"partitioner {method!r} is unknown; expected one of {', '.join(known)}")
+    _check(graph, stages, tolerance, speeds, bandwidths)
+    problem = make(
+        graph,
+        stages,
+        tolerance=tolerance,
+        speeds=speeds,
+        bandwidths=bandwidths,
+        limits=_limits(stages, memory, in_flight, placement),
+        state_factor=state_factor,
+        time_limit=time_limit,
+    )
+    answer = known[method](problem)
+    if answer is None:
+        raise PartitionError(f"{method} found no partition of {graph.name!r} into {stages} stages within the limits")
+    return evaluate(
+        graph, answer.stage, stages=stages, speeds=speeds, bound_ms=answer.bound_ms, bound_bytes=answer.bound_bytes
+    )
+
+
+def _check(
+    graph: CostGraph,
+    stages: int,
+    tolerance: float,
+    speeds: Sequence[float] | None,
+    bandwidths: Sequence[float] | None,
+) -> None:
+    nodes = len(graph.nodes)
+    if stages < 1:
+        raise PartitionError(f"{stages} stages asked for, expected at least 1")
+    if stages > nodes:
+        raise PartitionError(
+            f"{stages} stages asked for, but graph {graph.name!r} has {nodes} nodes: at most {nodes} stages are possible"
+        )
+    if not (tolerance >= 0 and math.isfinite(tolerance)):
+        raise PartitionError(f"the tolerance is {tolerance}, expected a number >= 0 such as 0.05")
+    for what, values, expected in (("speeds", speeds, stages), ("bandwidths", bandwidths, stages - 1)):
+        if values is None:
+            continue
+        if len(values) != expected:
+            raise PartitionError(f"{len(values)} {what} given for {stages} stages, expected {expected}")
+        bad = [value for value in values if not (value > 0 and math.isfinite(value))]
+        if bad:
+            raise PartitionError(f"one of the {what} is {bad[0]}, expected numbers > 0")
+
+
+def _limits(
+    stages: int,
+    memory: int | Sequence[int] | None,
+    in_flight: Sequence[int] | None,
+    placement: Sequence[int] | None,
+) -> Limits | None:
+    if memory is None:
+        return None
+    rank = tuple(placement) if placement is not None else tuple(range(stages))
+    flying = tuple(in_flight) if in_flight is not None else tuple(stages - s for s in range(stages))
+    for what, values in (("placement", rank), ("in_flight", flying)):
+        if len(values) != stages:
+            raise PartitionError(f"{what} has {len(values)} entries for {stages} stages, expected one for each")
+    ranks = max(rank) + 1
+    limit = (memory,) * ranks if isinstance(memory, int) else tuple(memory)
+    if len(limit) != ranks:
+        raise PartitionError(f"{len(limit)} memory limits given for {ranks} ranks, expected one number or {ranks}")
+    return Limits(limit, rank, flying)
+
+
+def evaluate(
+    graph: CostGraph,
+    stage: Sequence[int],
+    *,
+    stages: int | None = None,
+    speeds: Sequence[float] | None = None,
+    bound_ms: float = 0.0,
+    bound_bytes: float = 0.0,
+) -> Partition:
+    """What a stage map costs: each stage's time (on its device) and bytes, transfers, and shared parameters."""
+    if len(stage) != len(graph.nodes):
+        raise PartitionError(f"{len(stage)} stages given for the {len(graph.nodes)} nodes of graph {graph.name!r}")
+    count = max(stage, default=0) + 1 if stages is None else stages
+    outside = [s for s in stage if not 0 <= s < count]
+    if outside:
+        raise PartitionError(f"stage {outside[0]} is out of range, expected 0 to {count - 1}")
+    for u, v in graph.edges:
+        if stage[u] > stage[v]:
+            names = f"{graph.nodes[u].name!r} (stage {stage[u]}) to {graph.nodes[v].name!r} (stage {stage[v]})"
+            raise PartitionError(f"the edge from {names} goes back; a node's stage must not be after its readers'")
+    return Partition(
+        graph=graph.name,
+        stages=count,
+        stage=tuple(stage),
+        costs=tuple(_stage_cost(graph, stage, s, speeds[s] if speeds else 1.0) for s in range(count)),
+        transfers=_transfers(graph, stage),
+        shared=_shared(graph, stage),
+        bound_ms=bound_ms,
+        bound_bytes=math.ceil(bound_bytes),
+    )
+
+
+def _stage_cost(graph: CostGraph, stage: Sequence[int], s: int, speed: float) -> StageCost:
+    nodes = [node for node, at in zip(graph.nodes, stage) if at == s]
+    parameters = {p.name: p for node in nodes for p in node.parameters}.values()
+    return StageCost(
+        forward_ms=sum(node.forward_ms for node in nodes) / speed,
+        backward_ms=sum(node.backward_ms for node in nodes) / speed,
+        weight_ms=sum(node.weight_ms for node in nodes) / speed,
+        parameter_bytes=sum(p.bytes for p in parameters),
+        trainable_bytes=sum(p.bytes for p in parameters if p.trainable),
+        saved_bytes=sum(node.saved_bytes for node in nodes),
+    )
+
+
+def _transfers(graph: CostGraph, stage: Sequence[int]) -> tuple[Transfer, ...]:
+    """One for each tensor and other stage; a gradient (kind "B") belongs to the transfer from low to high stage."""
+    found = []
+    for t in graph.tensors:
+        home = stage[t.source]
+        for other in sorted({stage[v] for v in t.targets} - {home}):
+            if home < other:
+                found.append(Transfer(t.name, home, other, t.bytes, t.gradient_bytes))
+            else:
+                found.append(Transfer(t.name, other, home, t.gradient_bytes, t.bytes))
+    return tuple(found)
+
+
+def _shared(graph: CostGraph, stage: Sequence[int]) -> tuple[Shared, ...]:
+    homes: dict[str, set[int]] = {}
+    size: dict[str, int] = {}
+    for node, s in zip(graph.nodes, stage):
+        for p in node.parameters:
+            if p.trainable:
+                homes.setdefault(p.name, set()).add(s)
+                size[p.name] = p.bytes
+    return tuple(Shared(name, tuple(sorted(where)), size[name]) for name, where in homes.items() if len(where) > 1)
