@@ -1,0 +1,9 @@
+"""What each node of a traced model costs, and the graph of costs that partitioning cuts.
+
+Graph ──measure | estimate | read_costs──▶ {node: NodeCost} ──cost_graph──▶ Costed(CostGraph, members)
+"""
+
+from pipecompile.cost.file import read_costs
+from pipecompile.cost.graph import Costed, NodeCost, cost_graph, owned_reads
+
+__all__ = ["Costed", "NodeCost", "cost_graph", "owned_reads", "read_costs"]
