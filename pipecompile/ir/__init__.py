@@ -27,6 +27,7 @@ from pipecompile.ir.program import (
     StagePlan,
     Timetable,
 )
+from pipecompile.ir.routes import Route, Routes
 
 __all__ = [
     "COMPUTE",
@@ -50,6 +51,8 @@ __all__ = [
     "Port",
     "Program",
     "Ref",
+    "Route",
+    "Routes",
     "Shape",
     "Shared",
     "Span",

@@ -1,0 +1,25 @@
+"""GPipe: all forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965).
+
+Three ranks, four microbatches; a backward (lower case) takes two units:
+
+    rank 0   0 1 2 3 . . . . . . 0 0 1 1 2 2 3 3
+    rank 1   . 0 1 2 3 . . . 0 0 1 1 2 2 3 3 . .
+    rank 2   . . 0 1 2 3 0 0 1 1 2 2 3 3 . . . .
+
+p ranks, m microbatches: idle (p-1)(F+B) on each rank, m activations in flight.
+"""
+
+from __future__ import annotations
+
+from pipecompile.ir import Shape, StageCost
+from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.passes.schedules.tasks import backward, forward
+
+
+@schedule("gpipe", per_rank=1, instead="looped-bfs")
+def gpipe(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+    microbatches = range(shape.microbatches)
+    return tuple(
+        tuple([forward(stage, m) for m in microbatches] + [backward(stage, m) for m in microbatches])
+        for stage in range(shape.stages)
+    )

@@ -1,0 +1,31 @@
+"""1F1B: a forward, a backward, in turn, as soon as a rank can (PipeDream-flush, arXiv 2006.09503; DAPPLE).
+
+Three ranks, four microbatches; a backward (lower case) takes two units:
+
+    rank 0   0 1 2 . . . 0 0 3 1 1 . 2 2 . 3 3 .      rank 0 holds 3 activations, rank 1 holds 2, rank 2 holds 1
+    rank 1   . 0 1 . 0 0 2 1 1 3 2 2 . 3 3 . . .
+    rank 2   . . 0 0 0 1 1 1 2 2 2 3 3 3 . . . .
+
+p ranks, m microbatches: idle (p-1)(F+B) on each rank, as GPipe, but min(m, p-r) activations in flight on rank r.
+"""
+
+from __future__ import annotations
+
+from pipecompile.ir import Instruction, Shape, StageCost
+from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.passes.schedules.tasks import backward, forward
+
+
+def alternate(stage: int, microbatches: int, warm_up: int) -> tuple[Instruction, ...]:
+    """``warm_up`` forwards, then one backward and one forward in turn, then the backwards that remain."""
+    row = [forward(stage, m) for m in range(min(warm_up, microbatches))]
+    for m in range(microbatches):
+        row.append(backward(stage, m))
+        if warm_up + m < microbatches:
+            row.append(forward(stage, warm_up + m))
+    return tuple(row)
+
+
+@schedule("1f1b", per_rank=1, instead="interleaved-1f1b")
+def one_f_one_b(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+    return tuple(alternate(stage, shape.microbatches, shape.stages - stage) for stage in range(shape.stages))
