@@ -46,11 +46,15 @@ Path = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor in the graph. ``path`` says where in its producer's result (or in the batch) it sits."""
+    """A tensor in the graph. ``path`` says where in its producer's result (or in the batch) it sits.
+
+    ``storage`` is the value (or ``attribute:FQN``) whose memory a view shares; the value's own name if nothing else does.
+    """
 
     name: str
     spec: Spec
     path: Path = ()
+    storage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,10 @@ class Node:
     """One line of a graph: an operation (``kind`` "op") or the call of one of the model's modules ("call").
 
     ``target`` is ``aten.add.Tensor`` or the module's FQN. ``args`` and ``kwargs`` are Python structures with Ref and
-    Attribute leaves. ``reads`` are the outside values whose contents the node depends on. ``context`` are the regions
-    (autocast, no_grad, checkpoint) around it, outermost first, as Python expressions. ``inside`` are a call's own operations.
+    Attribute leaves. ``reads`` are the outside values that it is given. ``parameters`` and ``buffers`` are the FQNs of
+    those whose contents it uses. ``writes`` are the values, and ``written_buffers`` the buffers, that it changes in place.
+    ``context`` are the regions (autocast, no_grad) around it, outermost first, as Python expressions. ``module`` is the
+    FQN of the module whose forward it belongs to; ``inside`` are a call's own operations.
     """
 
     name: str
@@ -83,8 +89,9 @@ class Node:
 class Call:
     """One call of a module while the model was traced: nodes ``first`` to ``last`` (exclusive) of the graph.
 
-    ``key`` is ``fqn@k`` for the k-th call. ``args``/``kwargs`` are what the module was called with, ``results`` the
-    tensors in what it returned; ``obstacle`` says why the call cannot be one node, empty if it can.
+    ``key`` is ``fqn@k`` for the k-th call; ``parent`` the position of the enclosing call, -1 at the top. ``args`` and
+    ``kwargs`` are what the module is called with in eager mode, ``passed`` the tensors that it was traced with, ``results``
+    the tensors in what it returned. ``obstacle`` says why it cannot be one node, ``keep_whole`` why it must be one.
     """
 
     key: str
@@ -94,7 +101,9 @@ class Call:
     last: int
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    passed: tuple[str, ...]
     results: tuple[tuple[Path, str], ...]
+    context: tuple[str, ...] = ()
     obstacle: str = ""
     keep_whole: str = ""
 

@@ -1,0 +1,174 @@
+"""Lifts operations back to the calls of the model's own modules.
+
+A module call is *closed* if every outside value that its operations read is among its inputs, and every value of its
+operations that is read outside is among its results. A closed call becomes one node that calls the original module, so
+that hooks, checkpointing, dropout and readable code survive. The outermost closed calls are lifted, except those opened.
+
+Rules, referred to in comments below:
+ R1  a call that must stay whole (custom autograd function, tensor hook, replaced buffer) is lifted or refused
+ R2  what needs no gradient, draws nothing at random, reads no parameter and is cheap is computed by each reader: replicated
+ R3  memory that is changed in place: its writers and later readers under older names stay in one stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pipecompile.errors import CaptureError
+from pipecompile.ir import AttributeInfo, Call, Graph, Node, Ref, Value
+from pipecompile.passes.replicate import replicable
+from pipecompile.passes.storage import storage_constraints
+
+
+def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
+    """The graph with its outermost closed calls as nodes; the calls whose keys are in ``opened`` give way to their inside.
+
+    Dead nodes are dropped. Raises CaptureError for a call that must stay whole but cannot (R1).
+    """
+    cheap = replicable(graph)
+    nodes = _drop_dead(graph, list(_lifted(graph, opened, closed_calls(graph), cheap)))
+    replicated = frozenset(node.name for node in nodes if node.kind == "op" and node.name in cheap)
+    together, order = storage_constraints(graph, nodes, replicated)
+    return replace(
+        graph,
+        nodes=tuple(nodes),
+        replicated=replicated,
+        together=together,
+        order=order,
+        opened=tuple(call.key for call in graph.calls if call.key in opened),
+    )
+
+
+def closed_calls(graph: Graph) -> set[str]:
+    """Keys of the calls whose operations touch the outside only through the call's inputs and results."""
+    made_at = {value.name: position for position, node in enumerate(graph.nodes) for value in node.outputs}
+    read_last = {name: position for position, node in enumerate(graph.nodes) for name in node.reads}
+    read_last |= dict.fromkeys((graph.loss, graph.weight), len(graph.nodes))
+
+    def is_closed(call: Call) -> bool:
+        results = {name for _, name in call.results}
+        for node in graph.nodes[call.first : call.last]:
+            if any(made_at.get(n, -1) < call.first and n not in call.passed for n in (*node.reads, *node.writes)):
+                return False
+            if any(read_last.get(v.name, -1) >= call.last and v.name not in results for v in node.outputs):
+                return False
+        return True
+
+    return {call.key for call in graph.calls if not call.obstacle and is_closed(call)}
+
+
+def openable(graph: Graph) -> dict[str, Call]:
+    """The calls that lifting makes nodes of and that have something inside to open, by key."""
+    return {call.key: call for call in graph.calls if call.last - call.first > 1 and not call.keep_whole}
+
+
+def _lifted(graph: Graph, opened: frozenset[str], closed: set[str], cheap: frozenset[str]) -> Iterator[Node]:
+    children: dict[int, list[int]] = {}
+    for index, call in enumerate(graph.calls):
+        children.setdefault(call.parent, []).append(index)
+
+    def walk(first: int, last: int, inner: list[int]) -> Iterator[Node]:
+        position = first
+        for index in inner:
+            call = graph.calls[index]
+            yield from graph.nodes[position : call.first]
+            position = call.last
+            if call.first == call.last:
+                continue
+            if _is_lifted(graph, call, opened, closed, cheap):
+                yield _call_node(graph, call)
+                continue
+            if call.keep_whole:  # R1
+                raise CaptureError(_must_stay_whole(call))
+            yield from walk(call.first, call.last, children.get(index, []))
+        yield from graph.nodes[position:last]
+
+    return walk(0, len(graph.nodes), children.get(-1, []))
+
+
+def _is_lifted(graph: Graph, call: Call, opened: frozenset[str], closed: set[str], cheap: frozenset[str]) -> bool:
+    if not call.fqn or call.key not in closed:
+        return False
+    if call.keep_whole:
+        return True
+    if all(node.name in cheap for node in graph.nodes[call.first : call.last]):
+        return False
+    return call.key not in opened
+
+
+def _must_stay_whole(call: Call) -> str:
+    name = call.fqn or "the model's own forward"
+    why = call.obstacle or "values from its inside are read outside of it, or it reads what is not passed to it"
+    if not call.fqn:
+        why = "the whole model would be one stage"
+    return (
+        f"{name} cannot be split: {call.keep_whole}, which only survives if the module is called as a whole, but {why}; "
+        "move that code into a module of its own whose inputs and outputs are tensors"
+    )
+
+
+def _call_node(graph: Graph, call: Call) -> Node:
+    inside = graph.nodes[call.first : call.last]
+    produced = {value.name: value for node in inside for value in node.outputs}
+    outputs: dict[str, Value] = {}
+    for path, name in call.results:
+        if name in produced:
+            outputs.setdefault(name, replace(produced[name], path=path))
+    own = [info for fqn, info in graph.attributes.items() if fqn.startswith(call.fqn + ".")]
+    return Node(
+        name=call.key,
+        kind="call",
+        target=call.fqn,
+        args=call.args,
+        kwargs=call.kwargs,
+        outputs=tuple(outputs.values()),
+        reads=tuple(dict.fromkeys(refs((call.args, call.kwargs)))),
+        parameters=_attributes(own, inside, "parameter"),
+        buffers=_attributes(own, inside, "buffer"),
+        writes=tuple(dict.fromkeys(name for node in inside for name in node.writes if name not in produced)),
+        written_buffers=tuple(dict.fromkeys(name for node in inside for name in node.written_buffers)),
+        context=call.context,
+        module=graph.calls[call.parent].fqn if call.parent >= 0 else "",
+        random=any(node.random for node in inside),
+        inside=inside,
+    )
+
+
+def _attributes(own: list[AttributeInfo], inside: tuple[Node, ...], kind: str) -> tuple[str, ...]:
+    used = [name for node in inside for name in (node.parameters if kind == "parameter" else node.buffers)]
+    return tuple(dict.fromkeys([info.fqn for info in own if info.kind == kind] + used))
+
+
+def refs(whole: object) -> Iterator[str]:
+    """The names of the values in arguments, in order."""
+    if isinstance(whole, Ref):
+        yield whole.name
+    elif isinstance(whole, tuple | list):
+        for part in whole:
+            yield from refs(part)
+    elif isinstance(whole, dict):
+        yield from refs(tuple(whole.values()))
+    elif isinstance(whole, slice):
+        yield from refs((whole.start, whole.stop, whole.step))
+
+
+def _drop_dead(graph: Graph, nodes: list[Node]) -> list[Node]:
+    """Only nodes that the loss needs or that change a buffer, and of their results only those that are read."""
+    storage = {v.name: v.storage or v.name for node in nodes for v in (*node.outputs, *_inner(node))}
+    live = {graph.loss, graph.weight}
+    live_storage = {storage.get(name, name) for name in live}
+    kept: list[Node] = []
+    for node in reversed(nodes):
+        outputs = tuple(value for value in node.outputs if value.name in live)
+        writes_live = any(storage.get(name, name) in live_storage for name in node.writes)
+        if not (outputs or writes_live or node.written_buffers):
+            continue
+        live.update(node.reads)
+        live_storage.update(storage.get(name, name) for name in node.reads)
+        kept.append(replace(node, outputs=outputs) if node.kind == "call" else node)
+    return kept[::-1]
+
+
+def _inner(node: Node) -> list[Value]:
+    return [value for inner in node.inside for value in inner.outputs]

@@ -1,0 +1,168 @@
+"""Captures one training step of a model as a graph: the only code that knows torch.export.
+
+``capture(model, batch, loss)`` runs the step once in eager mode (what the model really does), traces it, and reads the
+trace into a Graph of operations in program order with the module calls around them. The lift pass makes nodes of those.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram, export
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils import _pytree as pytree
+
+from pipecompile.capture.eager import Observation, observe, untouched
+from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values
+from pipecompile.capture.reader import Reader, dtype_name, input_path
+from pipecompile.capture.step import Loss, Step, default_loss
+from pipecompile.capture.tracepoints import Recorder
+from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
+
+__all__ = ["Loss", "Step", "capture", "default_loss", "untouched"]
+
+MODEL = "model."
+
+
+def capture(model: nn.Module, batch: Any, loss: Loss | None = None) -> Graph:
+    """The graph of ``loss(model, batch)`` for a batch of one microbatch's size, in the model's present mode.
+
+    Raises CaptureError: the model fails by itself, gives no scalar loss, or cannot be traced (the message names the
+    module, the user's line and the remedy). Turns ``use_cache`` off in the model's configuration; the graph's notes say so.
+    """
+    notes = _disable_cache(model)
+    step = Step(model, loss)
+    seen = _observe(step, model, _copy(batch))
+    recorder = Recorder(mark=True)
+    program = _export(step, model, _copy(batch), recorder)
+    return _read(program, model, batch, recorder, seen, notes)
+
+
+def _copy(batch: Any) -> Any:
+    """The batch with each tensor a tensor of its own, so that two leaves are never taken for one."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+def _disable_cache(model: nn.Module) -> list[str]:
+    found = False
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False
+            found = True
+    return ["use_cache was turned off in the model's configuration: training keeps no key-value cache"] if found else []
+
+
+def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:
+    try:
+        return observe(step, model, batch)
+    except PipecompileError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the model fails by itself, before any tracing{_where(error)}: {type(error).__name__}: {error}; "
+            "make loss(model, batch) run on one microbatch first"
+        ) from error
+
+
+def _export(step: Step, model: nn.Module, batch: Any, recorder: Recorder) -> ExportedProgram:
+    try:
+        with untouched(model), recorder.around(model), _gradients_kept(model):
+            return export(step, (batch,), strict=False)
+    except PipecompileError:
+        raise
+    except Exception as error:
+        call = recorder.innermost
+        name = call.fqn if call and call.fqn else "the loss function"
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"{name} cannot be traced{_where(error)}: {first_line}; keep control flow independent of tensor values "
+            f"there, or rewrite that line with torch.where"
+        ) from error
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Tracing in the caller's gradient mode would drop gradients under no_grad."""
+    with torch.enable_grad():
+        yield
+
+
+def _where(error: BaseException) -> str:
+    """The user's own file and line in an error's traceback: the last frame outside of torch."""
+    torch_folder = str(FilePath(torch.__file__).parent)
+    ours = str(FilePath(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_folder, ours, "<"))]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _read(
+    program: ExportedProgram, model: nn.Module, batch: Any, recorder: Recorder, seen: Observation, notes: list[str]
+) -> Graph:
+    attributes = _attributes(model)
+    reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers))
+    arguments, inputs, constants = _arguments(program, batch, attributes)
+    outputs = reader.read(program.graph_module, arguments)
+    nodes, calls = reader.finished()
+    loss, weight = outputs[0], outputs[1] if len(outputs) > 1 else None
+    if not isinstance(loss, Ref) or loss.name not in reader.gradient:
+        raise CaptureError("the loss does not depend on any trainable parameter; check requires_grad and torch.no_grad")
+    weight_name = weight.name if isinstance(weight, Ref) else ""
+    names = rename_values(inputs, nodes, calls, model, loss.name, weight_name)
+    calls = tuple(replace(call, keep_whole=seen.keep_whole.get(call.key, call.keep_whole)) for call in calls)
+    return Graph(
+        inputs=tuple(rename_value(value, names) for value in inputs),
+        nodes=tuple(rename_node(node, names) for node in nodes),
+        attributes=attributes,
+        loss=names[loss.name],
+        weight=names.get(weight_name, ""),
+        calls=tuple(rename_call(call, names) for call in calls),
+        constants=constants,
+        notes=tuple(notes),
+    )
+
+
+def _attributes(model: nn.Module) -> dict[str, AttributeInfo]:
+    """Every parameter and buffer by each of its FQNs; tied ones share the first as their canonical name."""
+    found: dict[str, AttributeInfo] = {}
+    first: dict[int, str] = {}
+    named = [("parameter", *pair) for pair in model.named_parameters(remove_duplicate=False)]
+    named += [("buffer", *pair) for pair in model.named_buffers(remove_duplicate=False)]
+    for kind, fqn, tensor in named:
+        canonical = first.setdefault(id(tensor), fqn)
+        spec = Spec(tuple(tensor.shape), dtype_name(tensor.dtype), tensor.requires_grad)
+        found[fqn] = AttributeInfo(fqn, canonical, kind, spec)
+    return found
+
+
+def _arguments(
+    program: ExportedProgram, batch: Any, attributes: dict[str, AttributeInfo]
+) -> tuple[list[Any], tuple[Value, ...], dict[str, torch.Tensor]]:
+    """What stands for each placeholder: an Attribute, a Ref to a batch tensor, or a constant of the trace."""
+    leaves = iter(pytree.tree_flatten_with_path((batch,))[0])
+    arguments: list[Any] = []
+    inputs: list[Value] = []
+    constants: dict[str, torch.Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            path, leaf = next(leaves)
+            if isinstance(leaf, torch.Tensor) and not isinstance(spec.arg, ConstantArgument):
+                name = spec.arg.name
+                inputs.append(Value(name, Spec(tuple(leaf.shape), dtype_name(leaf.dtype)), input_path(path[1:])))
+                arguments.append(Ref(name))
+            else:
+                arguments.append(leaf)
+        elif spec.target in program.constants and spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[spec.target] = program.constants[spec.target]
+            arguments.append(Attribute(spec.target))
+        else:
+            arguments.append(Attribute(str(spec.target).removeprefix(MODEL)))
+    return arguments, tuple(inputs), constants

@@ -1,0 +1,313 @@
+"""From torch.export's graph to ours: regions inlined, identities dropped, storages and gradients followed.
+
+What export gives is a flat graph of aten operations with parameters as inputs. Here each operation becomes a Node with
+its arguments, what it reads and changes in place, and whether a gradient flows back through what it makes. Regions
+(no_grad, autocast) that export wraps into nested graphs are inlined, each node keeping the regions around it as tags.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from pipecompile.capture.structure import Unrenderable, leaves, merge, rebuild, tensors
+from pipecompile.capture.tracepoints import MARK, Recorder, Tracepoint
+from pipecompile.errors import CaptureError
+from pipecompile.ir import Attribute, AttributeInfo, Call, Node, Path, Ref, Spec, Value
+
+NO_GRADIENT = ("detach", "_like", "new_", "argmax", "argsort", "bernoulli", "one_hot", "sign_bit")
+IDENTITIES = ("alias", "detach_", "to", "contiguous", "dropout")
+ATTRIBUTE = "attribute:"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(slots=True)
+class Reader:
+    """Reads one traced graph; ``nodes`` and ``calls`` grow in program order."""
+
+    recorder: Recorder
+    eager: Mapping[str, Tracepoint]
+    attributes: Mapping[str, AttributeInfo]
+    changed_buffers: frozenset[str]
+    nodes: list[Node] = field(default_factory=list)
+    calls: dict[int, Call] = field(default_factory=dict)
+    values: dict[str, Spec] = field(default_factory=dict)
+    storage: dict[str, str] = field(default_factory=dict)
+    gradient: set[str] = field(default_factory=set)
+    whole: dict[int, str] = field(default_factory=dict)
+    stack: list[int] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+    def read(self, graph_module: fx.GraphModule, arguments: list[Any], context: tuple[str, ...] = ()) -> list[Any]:
+        """Append the graph's operations; ``arguments`` stand for its placeholders. Returns what stands for its outputs."""
+        environment: dict[fx.Node, Any] = {}
+        given = iter(arguments)
+        for node in graph_module.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = next(given)
+            elif node.op == "get_attr":
+                environment[node] = getattr(graph_module, node.target)
+            elif node.op == "output":
+                return list(self._map(node.args[0], environment))
+            else:
+                environment[node] = self._operation(node, environment, context)
+        raise AssertionError("a graph has an output")
+
+    def _map(self, whole: Any, environment: Mapping[fx.Node, Any]) -> Any:
+        if isinstance(whole, fx.Node):
+            return environment[whole]
+        if isinstance(whole, tuple | list):
+            return [self._map(part, environment) for part in whole]
+        if isinstance(whole, slice):
+            return slice(*(self._map(part, environment) for part in (whole.start, whole.stop, whole.step)))
+        return whole
+
+    def _operation(self, node: fx.Node, environment: Mapping[fx.Node, Any], context: tuple[str, ...]) -> Any:
+        args = self._map(node.args, environment)
+        kwargs = {key: self._map(part, environment) for key, part in node.kwargs.items()}
+        if node.target is MARK:
+            return self._mark(args[0], args[1], context)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return self._region(node, args, context)
+        if node.target._opname.startswith(("_assert", "sym_constrain")):
+            return None
+        if self._is_identity(node, args):
+            return args[0]
+        return self._append(node, args, kwargs, context)
+
+    def _region(self, node: fx.Node, args: list[Any], context: tuple[str, ...]) -> Any:
+        name = str(getattr(node.target, "__name__", node.target))
+        if name == "wrap_with_set_grad_enabled":
+            tag = "torch.enable_grad()" if args[0] else "torch.no_grad()"
+            return self.read(args[1], args[2:], (*context, tag))
+        if name == "wrap_with_autocast":
+            device, dtype, enabled, cache = args[:4]
+            tag = f"torch.autocast({device!r}, dtype={dtype}, enabled={enabled}, cache_enabled={cache})"
+            return self.read(args[4], args[5:], (*context, tag))
+        if not self.stack:
+            raise CaptureError(f"operation {name} outside of the model cannot be split; move it into a module")
+        self.whole.setdefault(self.stack[-1], f"it uses the operation {name}")
+        return self._append(node, [a for a in args if not isinstance(a, fx.GraphModule)], {}, context)
+
+    def _is_identity(self, node: fx.Node, args: list[Any]) -> bool:
+        """Whether the operation gives its first argument itself, as torch does it (the tensor, not a copy)."""
+        name = node.target._opname  # type: ignore[union-attr]
+        if name not in IDENTITIES or not isinstance(node.args[0], fx.Node):
+            return False
+        source, result = node.args[0].meta.get("val"), node.meta.get("val")
+        if not isinstance(source, torch.Tensor) or not isinstance(result, torch.Tensor):
+            return False
+        if name == "dropout":
+            return not node.args[2] or not node.args[1]
+        if name == "contiguous":
+            return source.is_contiguous()
+        if name == "detach_":
+            return isinstance(args[0], Ref) and args[0].name not in self.gradient
+        if name == "to":
+            same = source.dtype == result.dtype and source.device == result.device
+            named = {argument.name for argument in node.target._schema.arguments}  # type: ignore[union-attr]
+            given = dict(zip([a.name for a in node.target._schema.arguments], node.args)) | node.kwargs  # type: ignore[union-attr]
+            return same and not given.get("copy") and ("memory_format" not in named or not given.get("memory_format"))
+        return True
+
+    def _append(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]) -> Any:
+        reads, parameters, buffers = [], [], []
+        for _, leaf in leaves((args, kwargs)):
+            if isinstance(leaf, Ref) and leaf.name not in reads:
+                reads.append(leaf.name)
+            elif isinstance(leaf, Attribute) and leaf.fqn in self.attributes:
+                (parameters if self.attributes[leaf.fqn].kind == "parameter" else buffers).append(leaf.fqn)
+        written = self._written(node, args, kwargs)
+        outputs = self._outputs(node, args, kwargs, context)
+        result = rebuild_outputs(node.meta.get("val"), [Ref(value.name) for value in outputs])
+        target = str(node.target)
+        self.nodes.append(
+            Node(
+                name=node.name if node.name not in self.names else f"{node.name}_{len(self.nodes)}",
+                kind="op",
+                target=target,
+                args=tuple(args),
+                kwargs=kwargs,
+                outputs=outputs,
+                reads=tuple(reads),
+                parameters=tuple(dict.fromkeys(parameters)),
+                buffers=tuple(dict.fromkeys(buffers)),
+                writes=tuple(w for w in written if not w.startswith(ATTRIBUTE)),
+                written_buffers=tuple(w.removeprefix(ATTRIBUTE) for w in written if w.startswith(ATTRIBUTE)),
+                context=context,
+                module=self.recorder.calls[self.stack[-1]].fqn if self.stack else "",
+                random=is_random(node),
+            )
+        )
+        self.names.add(self.nodes[-1].name)
+        return result
+
+    def _written(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Storages' values and buffers that the operation changes in place."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return ()
+        found: list[str] = []
+        for position, argument in enumerate(schema.arguments):
+            actual = args[position] if position < len(args) else kwargs.get(argument.name)
+            mutable = argument.alias_info is not None and argument.alias_info.is_write
+            batch_norm = "batch_norm" in schema.name and argument.name in ("running_mean", "running_var")
+            for _, leaf in leaves(actual) if mutable or batch_norm else ():
+                if isinstance(leaf, Ref):
+                    root = self.storage.get(leaf.name, leaf.name)
+                    found.append(root if root.startswith(ATTRIBUTE) else leaf.name)
+                elif isinstance(leaf, Attribute) and (mutable or leaf.fqn in self.changed_buffers):
+                    found.append(ATTRIBUTE + leaf.fqn)
+        return tuple(dict.fromkeys(found))
+
+    def _outputs(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]) -> tuple[Value, ...]:
+        carries = self._carries_gradient(node, args, kwargs, context)
+        root = self._shared_storage(node, args, kwargs)
+        outputs = []
+        for path, tensor in tensors(node.meta.get("val")):
+            name = node.name if not path else f"{node.name}_{'_'.join(str(step) for _, step in path)}"
+            while name in self.values:
+                name += "_"
+            differentiable = carries and (tensor.is_floating_point() or tensor.is_complex())
+            spec = Spec(tuple(int(size) for size in tensor.shape), dtype_name(tensor.dtype), differentiable)
+            self.values[name] = spec
+            self.storage[name] = root or name
+            if differentiable:
+                self.gradient.add(name)
+                if root and getattr(node.target, "_schema", None) and node.target._schema.is_mutable:  # type: ignore[union-attr]
+                    self.gradient.update(v for v, s in self.storage.items() if s == root)
+            outputs.append(Value(name, spec, path, root))
+        return tuple(outputs)
+
+    def _carries_gradient(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]) -> bool:
+        modes = [tag for tag in context if tag in ("torch.no_grad()", "torch.enable_grad()")]
+        if modes and modes[-1] == "torch.no_grad()":
+            return False
+        name = str(getattr(node.target, "_opname", node.target))
+        if any(name.startswith(part) or name.endswith(part) for part in NO_GRADIENT):
+            return False
+        return any(
+            leaf.name in self.gradient if isinstance(leaf, Ref) else self._trainable(leaf)
+            for _, leaf in leaves((args, kwargs))
+        )
+
+    def _trainable(self, leaf: Any) -> bool:
+        info = self.attributes.get(leaf.fqn) if isinstance(leaf, Attribute) else None
+        return info is not None and info.spec.gradient
+
+    def _shared_storage(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> str:
+        """The root of the storage that the results are views of, empty if they are fresh."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not any(result.alias_info for result in schema.returns):
+            return ""
+        for position, argument in enumerate(schema.arguments):
+            actual = args[position] if position < len(args) else kwargs.get(argument.name)
+            if argument.alias_info and isinstance(actual, Ref):
+                return self.storage.get(actual.name, actual.name)
+            if argument.alias_info and isinstance(actual, Attribute):
+                return ATTRIBUTE + actual.fqn
+        return ""
+
+    def _mark(self, marked: list[Any], event: int, context: tuple[str, ...]) -> None:
+        index, entering = self.recorder.events[event]
+        seen = self.recorder.calls[index]
+        if entering:
+            self.calls[index] = self._begin(seen, marked, context)
+            self.stack.append(index)
+            return
+        self.stack.remove(index)
+        results = [(path, leaf.name) for (path, _), leaf in zip(tensors(seen.result), marked) if isinstance(leaf, Ref)]
+        self.calls[index] = replace(self.calls[index], last=len(self.nodes), results=tuple(results))
+
+    def _begin(self, seen: Tracepoint, marked: list[Any], context: tuple[str, ...]) -> Call:
+        given = iter(marked)
+        args, kwargs, obstacle = (), {}, ""
+        try:
+            args, kwargs = rebuild(
+                (seen.args, dict(seen.kwargs)), lambda leaf: next(given) if isinstance(leaf, torch.Tensor) else leaf
+            )
+            eager = self.eager.get(seen.key)
+            if eager is None:
+                raise Unrenderable("it is called while tracing but not in eager mode")
+            for remembered in (eager.args, eager.kwargs):
+                if isinstance(remembered, Unrenderable):
+                    raise remembered
+            args, kwargs = merge(args, eager.args), merge(kwargs, eager.kwargs)
+        except Unrenderable as reason:
+            obstacle = str(reason)
+        return Call(
+            key=seen.key,
+            fqn=seen.fqn,
+            parent=seen.parent,
+            first=len(self.nodes),
+            last=len(self.nodes),
+            args=args,
+            kwargs=kwargs,
+            passed=tuple(leaf.name for leaf in marked if isinstance(leaf, Ref)),
+            results=(),
+            context=context,
+            obstacle=obstacle,
+        )
+
+    def finished(self) -> tuple[tuple[Node, ...], tuple[Call, ...]]:
+        """The nodes with their final gradients, and the calls in the order of the recorder."""
+
+        def settle(value: Value) -> Value:
+            gradient = value.name in self.gradient and (value.spec.gradient or value.spec.dtype in FLOATING)
+            return replace(value, spec=replace(value.spec, gradient=gradient))
+
+        nodes = tuple(replace(node, outputs=tuple(map(settle, node.outputs))) for node in self.nodes)
+        calls = [self.calls[index] for index in sorted(self.calls)]
+        position = {index: place for place, index in enumerate(sorted(self.calls))}
+        return nodes, tuple(
+            replace(call, parent=position.get(call.parent, -1), keep_whole=self.whole.get(index, call.keep_whole))
+            for index, call in zip(sorted(self.calls), calls)
+        )
+
+
+FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+
+def rebuild_outputs(val: Any, refs: list[Ref]) -> Any:
+    """What stands for an operation's result: one Ref, or a list of them as long as the result."""
+    if isinstance(val, torch.Tensor):
+        return refs[0]
+    if isinstance(val, tuple | list):
+        found = iter(refs)
+        return [next(found) if isinstance(part, torch.Tensor) else part for part in val]
+    return val
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the operation draws random numbers (a dropout with probability 0 does not)."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given: dict[str, Any] = dict(zip(names, node.args)) | node.kwargs
+    for name in ("dropout_p", "dropout"):
+        if name in names:
+            return bool(given.get(name, 0.0))
+    return True
+
+
+def input_path(key_path: Any) -> Path:
+    """Our steps for a pytree key path below the batch."""
+    steps: list[tuple[str, Any]] = []
+    for key in key_path:
+        if hasattr(key, "key"):
+            steps.append(("item", key.key))
+        elif hasattr(key, "idx"):
+            steps.append(("item", key.idx))
+        else:
+            steps.append(("attr", key.name))
+    return tuple(steps)

@@ -1,0 +1,55 @@
+"""One training step as a module: the model, called with a batch, giving the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipecompile.errors import CaptureError
+
+Loss = Callable[[nn.Module, Any], Any]
+
+
+def default_loss(model: nn.Module, batch: Any) -> Any:
+    """Call the model with the batch (mapping: keywords, tuple or list: positions) and take the loss that it returns."""
+    if isinstance(batch, Mapping):
+        result = model(**batch)
+    elif isinstance(batch, tuple | list):
+        result = model(*batch)
+    else:
+        result = model(batch)
+    found = result["loss"] if isinstance(result, Mapping) and "loss" in result else getattr(result, "loss", None)
+    if isinstance(found, torch.Tensor):
+        return found
+    if isinstance(result, torch.Tensor) and result.numel() == 1:
+        return result
+    shape = f" of shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else ""
+    raise CaptureError(
+        f"the model returned {type(result).__name__}{shape}, which is neither a scalar loss nor holds one as .loss or "
+        f'["loss"]; write a function loss(model, batch) that returns a scalar'
+    )
+
+
+class Step(nn.Module):
+    """``forward(batch)`` gives (loss, weight), weight None unless the loss function returned (sum, weight)."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss or default_loss
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        result = self.loss(self.model, batch)
+        value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        for what, tensor in (("loss", value), ("weight", weight)):
+            if what == "weight" and tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1:
+                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise CaptureError(
+                    f"the {what} is {shape}, expected a tensor of one element; reduce it, for example with .mean()"
+                )
+        return value, weight

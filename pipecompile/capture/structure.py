@@ -1,0 +1,85 @@
+"""Python structures of tensors: finding the tensors in arguments and results, and how to reach each again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from pipecompile.ir import Attribute, Path, Ref
+
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Unrenderable(Exception):
+    """An argument that cannot be written down as Python source; the message names its type."""
+
+
+def leaves(whole: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf of nested tuples, lists, mappings and dataclasses with the steps that reach it."""
+    if isinstance(whole, Mapping):
+        for key, part in whole.items():
+            yield from leaves(part, (*path, ("item", key)))
+    elif isinstance(whole, tuple | list) and not isinstance(whole, torch.Size):
+        for index, part in enumerate(whole):
+            yield from leaves(part, (*path, ("item", index)))
+    elif dataclasses.is_dataclass(whole) and not isinstance(whole, type | Ref | Attribute):
+        for field in dataclasses.fields(whole):
+            yield from leaves(getattr(whole, field.name), (*path, ("attr", field.name)))
+    else:
+        yield path, whole
+
+
+def tensors(whole: Any) -> list[tuple[Path, torch.Tensor]]:
+    return [(path, leaf) for path, leaf in leaves(whole) if isinstance(leaf, torch.Tensor)]
+
+
+def reach(whole: Any, path: Path) -> Any:
+    """The leaf of ``whole`` at the end of ``path``."""
+    for kind, step in path:
+        whole = whole[step] if kind == "item" else getattr(whole, step)
+    return whole
+
+
+def rebuild(whole: Any, leaf: Callable[[Any], Any]) -> Any:
+    """The same structure of plain tuples, lists and dicts with ``leaf`` applied to what is not a container.
+
+    Raises Unrenderable for a container or an object that cannot be written down as Python source.
+    """
+    if type(whole) in (tuple, list):
+        return type(whole)(rebuild(part, leaf) for part in whole)
+    if type(whole) is dict:
+        if not all(isinstance(key, str | int) for key in whole):
+            raise Unrenderable("a dict whose keys are neither str nor int")
+        return {key: rebuild(part, leaf) for key, part in whole.items()}
+    if isinstance(whole, torch.Size):
+        return tuple(whole)
+    if isinstance(whole, slice):
+        return slice(*(rebuild(part, leaf) for part in (whole.start, whole.stop, whole.step)))
+    if isinstance(whole, PLAIN) or isinstance(whole, torch.Tensor) or whole is Ellipsis:
+        return leaf(whole)
+    raise Unrenderable(f"an argument of type {type(whole).__module__}.{type(whole).__qualname__}")
+
+
+class Tensor:
+    """Stands for a tensor in arguments of which only the constants matter."""
+
+
+def merge(traced: Any, eager: Any) -> Any:
+    """The traced arguments, where eager mode passed None or another constant: that.
+
+    Raises Unrenderable where the two differ in structure, or a tensor stands only on the eager side.
+    """
+    if isinstance(eager, Tensor):
+        if isinstance(traced, Ref | Attribute):
+            return traced
+        raise Unrenderable("an argument that is a tensor in eager mode but not while tracing")
+    if isinstance(eager, tuple | list | dict):
+        if type(traced) is not type(eager) or len(traced) != len(eager):
+            raise Unrenderable("an argument of another structure in eager mode")
+        if isinstance(eager, dict):
+            return {key: merge(traced[key], part) for key, part in eager.items()}
+        return type(eager)(merge(a, b) for a, b in zip(traced, eager))
+    return eager

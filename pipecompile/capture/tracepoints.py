@@ -1,0 +1,100 @@
+"""Tracepoints: hooks around every module's forward that note which tensors go in and come out.
+
+While a model is traced, each hook passes the call's tensors to a marker operation, whose only effect is to stand in the
+traced graph with those tensors as its arguments; everything that is not a tensor stays on this side, per call. Calls
+nest and the graph is in program order, so a call's operations are exactly those between its two markers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipecompile.capture.structure import tensors
+
+_library = torch.library.Library("pipecompile", "DEF")
+_library.define("mark(Tensor[] tensors, int event) -> ()")
+_library.impl("mark", lambda tensors, event: None, "CompositeExplicitAutograd")
+MARK = torch.ops.pipecompile.mark.default
+torch.fx.node.has_side_effect(MARK)
+
+
+@dataclass(slots=True)
+class Tracepoint:
+    """One call of a module as it was seen: its arguments, its result, and what happened inside."""
+
+    key: str
+    fqn: str
+    parent: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any = None
+    ended: bool = False
+    keep_whole: str = ""
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Records the calls of a model's modules; ``keep`` turns what they are given into what is remembered.
+
+    With ``mark``, it also leaves markers in the graph that is being traced.
+    """
+
+    mark: bool
+    keep: Callable[[Any], Any] = lambda whole: whole
+    calls: list[Tracepoint] = field(default_factory=list)
+    events: list[tuple[int, bool]] = field(default_factory=list)
+    stack: list[int] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    on_exit: Callable[[Tracepoint, Any], None] | None = None
+
+    @contextmanager
+    def around(self, model: nn.Module) -> Iterator[None]:
+        """Hooks on every module of ``model`` while the context lasts; the user's own hooks stay inside of them."""
+        handles = []
+        for fqn, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._enter(fqn), with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(self._leave(), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def innermost(self) -> Tracepoint | None:
+        """The call that is running."""
+        return self.calls[self.stack[-1]] if self.stack else None
+
+    def _event(self, whole: Any, entering: bool) -> None:
+        if self.mark:
+            MARK([tensor for _, tensor in tensors(whole)], len(self.events))
+        self.events.append((self.stack[-1], entering))
+
+    def _enter(self, fqn: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            key = f"{fqn}@{self.counts[fqn]}"
+            self.counts[fqn] += 1
+            parent = self.stack[-1] if self.stack else -1
+            self.calls.append(Tracepoint(key, fqn, parent, self.keep(args), self.keep(kwargs)))
+            self.stack.append(len(self.calls) - 1)
+            self._event((args, kwargs), entering=True)
+
+        return hook
+
+    def _leave(self) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            call = self.calls[self.stack[-1]]
+            call.result, call.ended = self.keep(result), True
+            if self.on_exit:
+                self.on_exit(call, result)
+            self._event(result, entering=False)
+            self.stack.pop()
+
+        return hook
