@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
 
 import pytest
 
@@ -10,11 +12,21 @@ from pipecompile.cli import main
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Program, Routes, Shape, StageCost, Timetable
 from pipecompile.passes.communicate import chain, communicate
-from pipecompile.passes.schedules import make_timetable, schedule_names
+from pipecompile.passes.schedules import find_schedule, make_timetable, schedule_names
 from pipecompile.passes.verify import verify
-from pipecompile.simulate import compute_spans
+from pipecompile.simulate import Link, compute_spans, simulate
+from pipecompile.timeline import computations, draw
 
-PER_RANK = {"interleaved-1f1b": 2}
+PER_RANK = {"interleaved-1f1b": 2, "looped-bfs": 2}
+DRAWN = {
+    "gpipe": Shape(3, 3, 4),
+    "1f1b": Shape(3, 3, 4),
+    "eager-1f1b": Shape(3, 3, 6),
+    "interleaved-1f1b": Shape(4, 2, 4),
+    "looped-bfs": Shape(4, 2, 3),
+    "zb-h1": Shape(3, 3, 6),
+    "zb-h2": Shape(3, 3, 6),
+}
 RANKS = (2, 4, 8, 16)
 SIZES = [(p, m) for p in RANKS for m in range(1, 4 * p + 1)]
 
@@ -31,6 +43,16 @@ def idle(timetable: Timetable, forward_ms: float = 1.0, input_ms: float = 1.0, w
     spans = compute_spans(timetable.rows, Routes.of(chain(shape.stages)), (cost,) * shape.stages)
     step = max(end for _, end in spans.values())
     return [step - sum(spans[one][1] - spans[one][0] for one in row) for row in timetable.rows]
+
+
+def gap(timetable: Timetable, forward_ms: float, input_ms: float, weight_ms: float) -> float:
+    """Idle time between a rank's first and last computation, of the rank that idles most; costs as for ``idle``."""
+    shape = timetable.shape
+    each = shape.stages // shape.ranks
+    cost = StageCost(forward_ms / each, (input_ms + weight_ms) / each, weight_ms / each)
+    spans = compute_spans(timetable.rows, Routes.of(chain(shape.stages)), (cost,) * shape.stages)
+    busy = (forward_ms + input_ms + weight_ms) * shape.microbatches
+    return max(max(spans[one][1] for one in row) - spans[row[0]][0] - busy for row in timetable.rows)
 
 
 def peak_activations(row: tuple[Instruction, ...]) -> int:
@@ -71,6 +93,71 @@ def test_1f1b_closed_forms():
         timetable = make_timetable("1f1b", Shape(p, p, m))
         assert idle(timetable, 1, 2, 2) == [(p - 1) * 5] * p
         assert [peak_activations(row) for row in timetable.rows] == [min(m, p - r) for r in range(p)]
+
+
+def test_eager_1f1b_closed_forms():
+    for p, m in SIZES:
+        timetable = make_timetable("eager-1f1b", Shape(p, p, m))
+        assert idle(timetable, 1, 2, 2) == [(p - 1) * 5] * p
+        assert [peak_activations(row) for row in timetable.rows] == [min(m, 2 * (p - r) - 1) for r in range(p)]
+
+
+def test_eager_1f1b_hides_messages():
+    late = {
+        name: simulate(communicate(make_timetable(name, Shape(4, 4, 32)), chain(4)), chain(4), Link(1.0)).step_ms
+        for name in ("1f1b", "eager-1f1b")
+    }
+    assert late["eager-1f1b"] == 3 * 32 + 3 * 3 + 3 * 2
+    assert late["1f1b"] > late["eager-1f1b"] + 10
+
+
+@pytest.mark.parametrize("v", [1, 2, 3])
+def test_looped_bfs_closed_forms(v):
+    for p, m in SIZES:
+        timetable = make_timetable("looped-bfs", Shape(p * v, p, m))
+        if m >= p:
+            assert idle(timetable, v, v, v) == [(p - 1) * 3] * p
+        assert [peak_activations(row) for row in timetable.rows] == [m * v] * p
+
+
+@pytest.mark.parametrize(("forward", "inputs", "weights"), [(1, 1, 1), (3, 4, 2), (4, 3, 3)])
+def test_zero_bubble_closed_forms(forward, inputs, weights):
+    for p, m in SIZES:
+        for name, k in (("zb-h1", min(m, p)), ("zb-h2", min(m, 2 * p - 1))):
+            timetable = make_timetable(name, Shape(p, p, m))
+            bubble = (p - 1) * (forward + inputs) - (k - 1) * weights
+            assert gap(timetable, forward, inputs, weights) == max(0, bubble)
+            assert max(peak_activations(row) for row in timetable.rows) == k
+            if name == "zb-h1" and m >= p:
+                assert bubble == (p - 1) * (forward + inputs - weights)
+
+
+PAPER = [  # ranks, microbatches, F, I, W, message in ms; bubble rates of 1F1B, ZB-H1, ZB-H2 (arXiv 2401.10241)
+    (8, 24, 18.522, 18.086, 9.337, 0.601, 0.2431, 0.1585, 0.1083),
+    (8, 64, 18.546, 18.097, 9.321, 0.762, 0.1240, 0.0674, 0.0444),
+    (16, 48, 11.347, 11.248, 8.132, 0.377, 0.2552, 0.1397, 0.0672),
+    (32, 96, 10.419, 10.207, 7.715, 0.408, 0.2646, 0.1421, 0.0641),
+]
+
+
+@pytest.mark.parametrize(("p", "m", "f", "i", "w", "latency", "plain", "h1", "h2"), PAPER)
+def test_bubble_rates_of_the_zero_bubble_paper(p, m, f, i, w, latency, plain, h1, h2):
+    partition = chain(p, [StageCost(f, i + w, w)] * p)
+    for name, rate in (("1f1b", plain), ("zb-h1", h1), ("zb-h2", h2)):
+        program = communicate(make_timetable(name, Shape(p, p, m)), partition)
+        lines = computations(program.rows, simulate(program, partition, Link(latency)))
+        longest = max(line[-1][1].end_ms - line[0][1].start_ms for line in lines)
+        assert 1 - m * (f + i + w) / longest == pytest.approx(rate, abs=1e-3), name
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_timeline_in_the_docstring_is_true(name):
+    timetable = make_timetable(name, DRAWN[name])
+    partition = chain(timetable.shape.stages)
+    program = communicate(timetable, partition)
+    order = find_schedule(name).order
+    picture = draw(program.rows, program.shape, simulate(program, partition))
+    assert textwrap.indent(picture, "    ") in sys.modules[order.__module__].__doc__
 
 
 @pytest.mark.parametrize("v", [2, 3])
@@ -123,3 +210,10 @@ def test_the_command_prints_and_refuses(capsys):
     assert program == communicate(make_timetable("interleaved-1f1b", Shape(4, 2, 4)), chain(4))
     assert main(["schedule", "1f1b", "--stages", "3", "--ranks", "2"]) == 1
     assert "3 stages do not divide over 2 ranks" in capsys.readouterr().err
+
+
+def test_the_command_draws_a_timeline(capsys):
+    assert main(["schedule", "1f1b", "--stages", "2", "--microbatches", "2", "--timeline"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["rank", "0", "0", "1", "0", "1", "33.3%", "idle"]
+    assert lines[1] == ["rank", "1", "0", "0", "1", "1", "33.3%", "idle"]

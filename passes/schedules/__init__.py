@@ -67,14 +67,20 @@ def schedule_names() -> tuple[str, ...]:
     return tuple(sorted(_discover()))
 
 
+def find_schedule(name: str) -> Schedule:
+    """The schedule of that name; ScheduleError lists the names if there is none."""
+    found = _discover().get(name)
+    if found is None:
+        raise ScheduleError(f"unknown schedule {name!r}; choose one of {', '.join(schedule_names())}")
+    return found
+
+
 def make_timetable(name: str, shape: Shape, costs: Sequence[StageCost] | None = None) -> Timetable:
     """The compute order of schedule ``name``; the timetable's shape carries the placement that the schedule uses.
 
     ``costs`` are one StageCost for each stage; schedules that do not adapt ignore them.
     """
-    found = _discover().get(name)
-    if found is None:
-        raise ScheduleError(f"unknown schedule {name!r}; choose one of {', '.join(schedule_names())}")
+    found = find_schedule(name)
     each = shape.stages // shape.ranks
     if found.per_rank and each != found.per_rank:
         other = f", or use --schedule {found.instead}" if found.instead else ""

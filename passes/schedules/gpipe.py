@@ -1,10 +1,10 @@
 """GPipe: all forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965).
 
-Three ranks, four microbatches; a backward (lower case) takes two units:
+Three ranks, four microbatches; a backward takes two units:
 
-    rank 0   0 1 2 3 . . . . . . 0 0 1 1 2 2 3 3
-    rank 1   . 0 1 2 3 . . . 0 0 1 1 2 2 3 3 . .
-    rank 2   . . 0 1 2 3 0 0 1 1 2 2 3 3 . . . .
+    rank 0  F0 F1 F2 F3 .. .. .. .. .. .. B0 == B1 == B2 == B3 ==
+    rank 1  .. F0 F1 F2 F3 .. .. .. B0 == B1 == B2 == B3 == .. ..
+    rank 2  .. .. F0 F1 F2 F3 B0 == B1 == B2 == B3 == .. .. .. ..
 
 p ranks, m microbatches: idle (p-1)(F+B) on each rank, m activations in flight.
 """

@@ -1,10 +1,10 @@
 """Interleaved 1F1B: several stages a rank, placed in loops, microbatches in rounds (Megatron, arXiv 2104.04473).
 
-Two ranks, four stages (rank 0 holds 0 and 2, rank 1 holds 1 and 3), four microbatches; stages 2 and 3 underlined,
-a backward (lower case) takes two units:
+Two ranks, four stages (rank 0 holds 0 and 2, rank 1 holds 1 and 3), four microbatches; small letters are
+stages 2 and 3, a backward takes two units:
 
-    rank 0   0 1 0_1_2 . 0_0_3 1_1_2_0 0 3_1 1 2_2_3_3_2 2 3 3
-    rank 1   . 0 1 0_0_0_1_1_1_2 0 0 3 1 1 2_2_2_3_3_3_2 2 3 3 .
+    rank 0  F0 F1 f0 f1 F2 .. b0 == F3 b1 == f2 B0 == f3 B1 == .. b2 == .. b3 == B2 == B3 ==
+    rank 1  .. F0 F1 f0 b0 == f1 b1 == F2 B0 == F3 B1 == f2 b2 == f3 b3 == B2 == B3 == .. ..
 
 p ranks, v stages a rank, m microbatches in rounds of p: idle (p-1)(F+B)/v, where F and B are a whole rank's share;
 2(p-r-1)+(v-1)p+1 activations of one stage in flight on rank r. Any m is allowed: the m mod p microbatches left over

@@ -1,10 +1,10 @@
 """1F1B: a forward, a backward, in turn, as soon as a rank can (PipeDream-flush, arXiv 2006.09503; DAPPLE).
 
-Three ranks, four microbatches; a backward (lower case) takes two units:
+Three ranks, four microbatches; a backward takes two units:
 
-    rank 0   0 1 2 . . . 0 0 3 1 1 . 2 2 . 3 3 .      rank 0 holds 3 activations, rank 1 holds 2, rank 2 holds 1
-    rank 1   . 0 1 . 0 0 2 1 1 3 2 2 . 3 3 . . .
-    rank 2   . . 0 0 0 1 1 1 2 2 2 3 3 3 . . . .
+    rank 0  F0 F1 F2 .. .. .. .. B0 == F3 B1 == .. B2 == .. B3 ==
+    rank 1  .. F0 F1 .. .. B0 == F2 B1 == F3 B2 == .. B3 == .. ..
+    rank 2  .. .. F0 B0 == F1 B1 == F2 B2 == F3 B3 == .. .. .. ..
 
 p ranks, m microbatches: idle (p-1)(F+B) on each rank, as GPipe, but min(m, p-r) activations in flight on rank r.
 """

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
+from rich.console import Console
+
 from pipecompile.ir import Shape
 from pipecompile.passes.communicate import chain, communicate
 from pipecompile.passes.schedules import make_timetable, schedule_names
 from pipecompile.passes.verify import verify
+from pipecompile.simulate import simulate
+from pipecompile.timeline import coloured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--microbatches", type=int, default=0, help="microbatches of a step (default: twice the stages)"
     )
     parser.add_argument("--compute", action="store_true", help="only computations, no messages")
+    parser.add_argument("--timeline", action="store_true", help="draw what each rank does when, one cell a time unit")
     parser.add_argument("--json", action="store_true", help="print the program as JSON, as program.json holds it")
 
 
@@ -28,7 +33,9 @@ def run(options: argparse.Namespace) -> None:
     timetable = make_timetable(options.name, shape)
     partition = chain(shape.stages)
     program = verify(communicate(timetable, partition), partition)
-    if options.json:
+    if options.timeline:
+        Console().print(coloured(program.rows, program.shape, simulate(program, partition)), soft_wrap=True, end="")
+    elif options.json:
         print(json.dumps(program.to_json()))
     else:
         print(timetable if options.compute else program)
