@@ -1,0 +1,204 @@
+"""Runs one rank's row: a loop over (handler, operand), in which nothing is left to decide.
+
+Forward: received values become leaves, the stage runs, its outputs wait for their readers; of the graph only the edges
+are kept at which gradients enter, so that an output's storage is freed once it is sent and no operation saved it.
+Backward: autograd starts at those edges, and what arrives at the leaves goes back to where they came from.
+
+    received ──▶ leaf ──▶ stage ──▶ output ──▶ detached, for its readers
+                  │                   └──────▶ edge
+    gradient ◀── leaf.grad ◀── autograd ◀── edge ◀── gradients of its readers, summed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from pipecompile.errors import RuntimeFault
+from pipecompile.ir import Instruction
+from pipecompile.runtime.transport import Transport
+from pipecompile.runtime.wiring import Backward, Forward, Reduce, Result, Row, Transmit
+
+Handler = Callable[[Any], None]
+Kept = tuple[list[Tensor], list[tuple[GradientEdge | None, tuple[int, ...]]], GradientEdge | None]
+"""What a backward needs: its leaves, for each output the edge and the slots of its gradients, the loss's edge."""
+
+unviewed = torch.ops.aten._unsafe_view.default
+"""The same tensor, which autograd does not take for a view: stages may change in place what they received."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An instruction ready to run: ``handler(operand)``; the rest says where it stands, for errors."""
+
+    handler: Handler
+    operand: Any
+    rank: int
+    position: int
+    instruction: Instruction
+
+
+class Executor:
+    """One rank's row with its values. ``reduce`` sums gradients over ranks; ``mean``: the loss is a mean."""
+
+    def __init__(
+        self, row: Row, transport: Transport, reduce: Callable[[Reduce], None], microbatches: int, mean: bool
+    ) -> None:
+        handlers: dict[str, Handler] = {
+            "FORWARD": self._forward,
+            "BACKWARD": self._backward,
+            "SEND_F": self._send,
+            "SEND_B": self._send,
+            "RECV_F": self._receive,
+            "RECV_B": self._receive,
+            "REDUCE_GRAD": reduce,
+        }
+        self.steps = [
+            Step(handlers[one.op], operand, row.rank, position, one)
+            for position, (one, operand) in enumerate(zip(row.instructions, row.operands))
+        ]
+        self.losses: Tensor | None = None
+        self.weights: Tensor | None = None
+        self._transport = transport
+        self._divisor = microbatches if mean else 1
+        self._empty: list[Any] = [None] * row.slots
+        self._slots: list[Any] = []
+        self._microbatches: Sequence[Any] = ()
+        self._seed: Tensor | None = None
+
+    def begin(self, microbatches: Sequence[Any]) -> None:
+        """Forget the last step; ``microbatches`` are the next one's."""
+        self._slots = self._empty.copy()
+        self._microbatches = microbatches
+        self.losses = self.weights = self._seed = None
+
+    def end(self) -> None:
+        """Keep nothing alive between steps."""
+        self._slots, self._microbatches, self._seed = [], (), None
+        self.losses = self.weights = None
+
+    def _take(self, slot: int) -> Any:
+        value = self._slots[slot]
+        self._slots[slot] = None
+        return value
+
+    def _forward(self, op: Forward) -> None:
+        leaves: list[Tensor] = []
+        arguments: list[Any] = []
+        for slot, shape in op.arguments:
+            value = self._take(slot)
+            if shape is not None:
+                leaves.append(value.requires_grad_())
+                value = unviewed(value, shape)
+            arguments.append(value)
+        outputs = op.stage(self._microbatches[op.microbatch], *arguments)
+        if not isinstance(outputs, tuple) or len(outputs) != len(op.results):
+            raise RuntimeFault(_wrong_results(op, outputs))
+        edges: list[tuple[GradientEdge | None, tuple[int, ...]]] = []
+        loss_edge = None
+        for result, output in zip(op.results, outputs):
+            if not isinstance(output, Tensor) or output.dtype != result.dtype or output.shape != result.shape:
+                check(op, result, output)
+            else:
+                for slot in result.slots:
+                    self._slots[slot] = output.detach()
+                if result.gradients:
+                    edges.append((get_gradient_edge(output) if output.requires_grad else None, result.gradients))
+                if result.loss:
+                    loss_edge = self._add_loss(op, output)
+                if result.weight:
+                    self.weights = output.detach() if self.weights is None else self.weights + output.detach()
+        self._slots[op.kept] = (leaves, edges, loss_edge)
+
+    def _add_loss(self, op: Forward, loss: Tensor) -> GradientEdge:
+        if not loss.requires_grad:
+            raise RuntimeFault(
+                f"the loss of stage {op.index} needs no gradient: no parameter that requires one leads to it, or "
+                "gradients are switched off; train at least one parameter, and step outside of torch.no_grad()"
+            )
+        share = loss.detach() / self._divisor
+        self.losses = share if self.losses is None else self.losses + share
+        if self._seed is None:
+            self._seed = torch.ones_like(share) / self._divisor
+        return get_gradient_edge(loss)
+
+    def _backward(self, op: Backward) -> None:
+        leaves, edges, loss_edge = self._take(op.kept)
+        roots, gradients = self._roots(edges, loss_edge)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        self._hand_back(op, leaves)
+
+    def _roots(
+        self, edges: list[tuple[GradientEdge | None, tuple[int, ...]]], loss_edge: GradientEdge | None
+    ) -> tuple[list[GradientEdge], list[Tensor]]:
+        """Where the backward starts, and with which gradients."""
+        roots: list[GradientEdge] = []
+        gradients: list[Tensor] = []
+        for edge, slots in edges:
+            total = None
+            for slot in slots:
+                gradient = self._take(slot)
+                if gradient is not None:
+                    total = gradient if total is None else total + gradient
+            if edge is not None and total is not None:
+                roots.append(edge)
+                gradients.append(total)
+        if loss_edge is not None:
+            assert self._seed is not None
+            roots.append(loss_edge)
+            gradients.append(self._seed)
+        return roots, gradients
+
+    def _hand_back(self, op: Backward, leaves: list[Tensor]) -> None:
+        """Put the gradients of what was received where they wait to go back."""
+        for leaf, (slot, may_be_none) in zip(leaves, op.outgoing):
+            gradient = leaf.grad
+            if slot >= 0:
+                self._slots[slot] = gradient if may_be_none or gradient is not None else torch.zeros_like(leaf)
+
+    def _send(self, op: Transmit) -> None:
+        self._transport.send(op.message, [self._take(slot) for slot in op.slots])
+
+    def _receive(self, op: Transmit) -> None:
+        for slot, value in zip(op.slots, self._transport.receive(op.message)):
+            self._slots[slot] = value
+
+
+def fault(step: Step, error: Exception) -> RuntimeFault:
+    """The error of an instruction, with its rank, place, microbatch and peer."""
+    one = step.instruction
+    where = f"rank {step.rank}, instruction {step.position} ({one})"
+    if one.microbatch >= 0:
+        where += f", microbatch {one.microbatch}"
+    if one.peer >= 0:
+        where += f", peer stage {one.peer}"
+    what = str(error) if isinstance(error, RuntimeFault) else f"{type(error).__name__}: {error}"
+    return RuntimeFault(f"{where}: {what}")
+
+
+def check(op: Forward, result: Result, output: Any) -> None:
+    """RuntimeFault unless ``output`` is the None that was compiled."""
+    if output is None and result.dtype is None:
+        return
+    wanted = "None" if result.dtype is None else _describe(result.dtype, result.shape)
+    got = _describe(output.dtype, output.shape) if isinstance(output, Tensor) else repr(output)[:80]
+    raise RuntimeFault(
+        f"stage {op.index} made {result.name!r} as {got}, but was compiled for {wanted}; "
+        "give batches of the compiled shape and dtype, or compile again for this one"
+    )
+
+
+def _describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
+
+
+def _wrong_results(op: Forward, outputs: Any) -> str:
+    got = f"{len(outputs)} values" if isinstance(outputs, tuple) else f"a {type(outputs).__name__}"
+    names = ", ".join(repr(result.name) for result in op.results)
+    return f"stage {op.index} gave {got}, expected a tuple of {len(op.results)} ({names}); compile the model again"

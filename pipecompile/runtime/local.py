@@ -1,0 +1,85 @@
+"""The local runtime: every rank's program in this process, in one fixed order. What it gives is what all ranks give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipecompile.ir import Program, StagePlan
+from pipecompile.runtime.executor import Executor, fault
+from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
+from pipecompile.runtime.messages import by_index, interleave
+from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.transport import Mailboxes
+from pipecompile.runtime.wiring import Reduce, wire
+
+
+class LocalRuntime:
+    """``step`` trains ``stages`` (by index) on a batch; ``loss`` and ``weight`` name the outputs that make its value."""
+
+    def __init__(
+        self,
+        program: Program,
+        stages: Mapping[int, nn.Module],
+        plans: Iterable[StagePlan] | Mapping[int, StagePlan],
+        *,
+        loss: str,
+        weight: str = "",
+    ) -> None:
+        found = by_index(plans, program)
+        self._microbatches = program.shape.microbatches
+        self._weighted = bool(weight)
+        self._mail = Mailboxes()
+        self._ranks = [
+            Executor(
+                wire(program, rank, stages, found, loss, weight), self._mail, _nothing, self._microbatches, not weight
+            )
+            for rank in range(program.shape.ranks)
+        ]
+        self._steps = [self._ranks[rank].steps[position] for rank, position in interleave(program, found)]
+        shared = shared_parameters(stages, found)
+        self._copies = [tensors for tensors in shared.values() if len(tensors) > 1]
+        everything = [list(stage.parameters()) for stage in stages.values()]
+        self._apart = Apart(p for several in (everything if weight else self._copies) for p in several)
+
+    def step(self, batch: Any) -> Tensor:
+        """The loss of ``batch``, 0-dim and detached; gradients are added to the parameters' ``.grad``.
+
+        The loss is the mean over the microbatches, or sum(loss) / sum(weight) with a weight. RuntimeFault names the
+        instruction that failed, BatchError what does not fit in the batch.
+        """
+        microbatches = split(batch, self._microbatches)
+        for executor in self._ranks:
+            executor.begin(microbatches)
+        self._mail.begin()
+        self._apart.begin()
+        step = self._steps[0]
+        try:
+            for step in self._steps:
+                step.handler(step.operand)
+        except Exception as error:
+            self._apart.abandon()
+            raise fault(step, error) from error
+        value = self._finish()
+        for executor in self._ranks:
+            executor.end()
+        return value
+
+    def _finish(self) -> Tensor:
+        for copies in self._copies:
+            gradient = total(copies)
+            if gradient is not None:
+                share(copies, gradient)
+        (value,) = (executor.losses for executor in self._ranks if executor.losses is not None)
+        if not self._weighted:
+            self._apart.end()
+            return value
+        (weight,) = (executor.weights for executor in self._ranks if executor.weights is not None)
+        self._apart.end(divisor=weight)
+        return value / weight
+
+
+def _nothing(op: Reduce) -> None:
+    """All ranks hold the same tensors here, so their gradients are summed already."""

@@ -1,0 +1,113 @@
+"""The messages of a program: what each carries, over which channel, and one order in which all rows can run.
+
+A channel is (source rank, target rank, kind): activations ("F") and gradients ("B") of a pair of ranks never wait for
+each other. On a channel messages arrive in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pipecompile.errors import ProgramError
+from pipecompile.ir import RECEIVES, SENDS, Instruction, Program, Spec, StagePlan
+
+Channel = tuple[int, int, str]
+Plans = Mapping[int, StagePlan]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The tensors ``values`` of one microbatch on their way from stage ``source`` to stage ``target``."""
+
+    channel: Channel
+    source: int
+    target: int
+    microbatch: int
+    values: tuple[str, ...]
+    specs: tuple[Spec, ...]
+
+
+def by_index(plans: Iterable[StagePlan] | Plans, program: Program) -> dict[int, StagePlan]:
+    """The plans by stage; ProgramError unless there is one for each stage."""
+    found = {plan.index: plan for plan in (plans.values() if isinstance(plans, Mapping) else plans)}
+    if sorted(found) != list(range(program.shape.stages)):
+        raise ProgramError(
+            f"there are plans for stages {sorted(found)}, but the program has stages 0 to {program.shape.stages - 1}; "
+            "give the plans that were compiled with this program"
+        )
+    return found
+
+
+def message_of(one: Instruction, plans: Plans, placement: tuple[int, ...]) -> Message:
+    """What a SEND or RECV instruction carries; ProgramError if its producer makes no such value."""
+    sends = one.op in SENDS
+    source, target = (one.stage, one.peer) if sends else (one.peer, one.stage)
+    if not 0 <= one.peer < len(placement):
+        raise ProgramError(f"{one}: there is no stage {one.peer}; compile the program again")
+    kind = one.op[-1]
+    producer = source if kind == "F" else target
+    made = {port.name: port.spec for port in plans[producer].outputs}
+    for value in one.values:
+        if value not in made:
+            raise ProgramError(
+                f"{one} carries {value!r}, but stage {producer} makes {', '.join(made) or 'nothing'}; "
+                "compile the program and the stages together"
+            )
+    channel = (placement[source], placement[target], kind)
+    return Message(channel, source, target, one.microbatch, one.values, tuple(made[value] for value in one.values))
+
+
+def channels(program: Program, plans: Plans) -> dict[Channel, tuple[Message, ...]]:
+    """The messages of each channel in order; ProgramError where sends and receives differ."""
+    sent: dict[Channel, list[tuple[Instruction, Message]]] = {}
+    received: dict[Channel, list[tuple[Instruction, Message]]] = {}
+    for row in program.rows:
+        for one in row:
+            if one.op in (*SENDS, *RECEIVES):
+                message = message_of(one, plans, program.shape.placement)
+                (sent if one.op in SENDS else received).setdefault(message.channel, []).append((one, message))
+    for channel in sorted({*sent, *received}):
+        here, there = sent.get(channel, []), received.get(channel, [])
+        for (send, message), (receive, expected) in zip(here, there):
+            if message != expected:
+                raise ProgramError(
+                    f"rank {channel[0]} sends {send} {message.values} where rank {channel[1]} expects {receive} "
+                    f"{expected.values}; both must list their messages in the same order"
+                )
+        if len(here) != len(there):
+            extra = (here if len(here) > len(there) else there)[min(len(here), len(there))][0]
+            raise ProgramError(f"{extra} has no counterpart on the other rank; compile the program again")
+    return {channel: tuple(message for _, message in found) for channel, found in sorted(sent.items())}
+
+
+def interleave(program: Program, plans: Plans) -> list[tuple[int, int]]:
+    """All instructions as (rank, position) in an order in which nothing is received before it is sent.
+
+    Ranks take turns, each going on until it would wait. ProgramError if all wait for each other.
+    """
+    placement = program.shape.placement
+    position = [0] * len(program.rows)
+    mail: dict[Channel, deque[None]] = {channel: deque() for channel in channels(program, plans)}
+    order: list[tuple[int, int]] = []
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(program.rows):
+            while position[rank] < len(row):
+                one = row[position[rank]]
+                if one.op in SENDS:
+                    mail[message_of(one, plans, placement).channel].append(None)
+                elif one.op in RECEIVES:
+                    waiting = mail[message_of(one, plans, placement).channel]
+                    if not waiting:
+                        break
+                    waiting.popleft()
+                order.append((rank, position[rank]))
+                position[rank] += 1
+                moved = True
+    stuck = [f"rank {r} at {row[position[r]]}" for r, row in enumerate(program.rows) if position[r] < len(row)]
+    if stuck:
+        raise ProgramError(f"the ranks wait for each other: {', '.join(stuck)}; receives must follow their sends")
+    return order
