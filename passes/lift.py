@@ -131,6 +131,7 @@ def _call_node(graph: Graph, call: Call) -> Node:
         context=call.context,
         module=graph.calls[call.parent].fqn if call.parent >= 0 else "",
         random=any(node.random for node in inside),
+        position=call.first,
         inside=inside,
     )
 

@@ -100,7 +100,9 @@ def _where(error: BaseException) -> str:
     """The user's own file and line in an error's traceback: the last frame outside of torch."""
     torch_folder = str(FilePath(torch.__file__).parent)
     ours = str(FilePath(__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_folder, ours, "<"))]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_folder, ours, "<"))
+    ]
     return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 

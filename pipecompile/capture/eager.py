@@ -112,5 +112,3 @@ def _new_functions(result: Any, seen: set[Any]) -> Iterator[str]:
         if isinstance(node, BackwardCFunction):
             yield type(node).__name__.removesuffix("Backward")
         todo.extend(parent for parent, _ in node.next_functions if parent is not None)
-
-

@@ -20,7 +20,12 @@ RESERVED = set(keyword.kwlist) | set(dir(builtins)) | {"batch", "torch", "nn", "
 
 
 def rename_values(
-    inputs: tuple[Value, ...], nodes: tuple[Node, ...], calls: tuple[Call, ...], model: nn.Module, loss: str, weight: str
+    inputs: tuple[Value, ...],
+    nodes: tuple[Node, ...],
+    calls: tuple[Call, ...],
+    model: nn.Module,
+    loss: str,
+    weight: str,
 ) -> dict[str, str]:
     """A new, unique name for each value: from the first call that takes it, else from the outermost call that makes it."""
     wanted: dict[str, str] = {}
@@ -112,5 +117,3 @@ def rename_call(call: Call, names: Mapping[str, str]) -> Call:
         passed=tuple(names[name] for name in call.passed),
         results=tuple((path, names[name]) for path, name in call.results),
     )
-
-

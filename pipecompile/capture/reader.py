@@ -147,6 +147,7 @@ class Reader:
                 context=context,
                 module=self.recorder.calls[self.stack[-1]].fqn if self.stack else "",
                 random=is_random(node),
+                position=len(self.nodes),
             )
         )
         self.names.add(self.nodes[-1].name)
@@ -170,7 +171,9 @@ class Reader:
                     found.append(ATTRIBUTE + leaf.fqn)
         return tuple(dict.fromkeys(found))
 
-    def _outputs(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]) -> tuple[Value, ...]:
+    def _outputs(
+        self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]
+    ) -> tuple[Value, ...]:
         carries = self._carries_gradient(node, args, kwargs, context)
         root = self._shared_storage(node, args, kwargs)
         outputs = []
@@ -189,7 +192,9 @@ class Reader:
             outputs.append(Value(name, spec, path, root))
         return tuple(outputs)
 
-    def _carries_gradient(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]) -> bool:
+    def _carries_gradient(
+        self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]
+    ) -> bool:
         modes = [tag for tag in context if tag in ("torch.no_grad()", "torch.enable_grad()")]
         if modes and modes[-1] == "torch.no_grad()":
             return False

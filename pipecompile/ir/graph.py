@@ -65,7 +65,8 @@ class Node:
     Attribute leaves. ``reads`` are the outside values that it is given. ``parameters`` and ``buffers`` are the FQNs of
     those whose contents it uses. ``writes`` are the values, and ``written_buffers`` the buffers, that it changes in place.
     ``context`` are the regions (autocast, no_grad) around it, outermost first, as Python expressions. ``module`` is the
-    FQN of the module whose forward it belongs to; ``inside`` are a call's own operations.
+    FQN of the module whose forward it belongs to, ``position`` its (first) operation's place in the trace; ``inside`` are
+    a call's own operations.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Node:
     context: tuple[str, ...] = ()
     module: str = ""
     random: bool = False
+    position: int = 0
     inside: tuple[Node, ...] = ()
 
 
