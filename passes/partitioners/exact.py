@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass, replace
 
 from pipecompile.passes.partitioners import partitioner
-from pipecompile.passes.partitioners.problem import Answer, Problem
 from pipecompile.passes.partitioners.milp import Model
+from pipecompile.passes.partitioners.problem import Answer, Problem
 from pipecompile.passes.partitioners.windows import Windows, windows, within
 
 CLOSE = 1e-6
