@@ -34,7 +34,7 @@ def write_build(directory: str | Path, files: Mapping[str, str | bytes]) -> None
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
     for name in contents:
         _check_name(name, f"build {str(directory)!r}")
-    _check_replaceable(target)
+    check_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     fresh, old = (target.with_name(f".{target.name}.{mark}.{state}") for state in ("new", "old"))
@@ -93,8 +93,10 @@ def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         path.write_bytes(content)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Guard what is not ours: only an empty folder or a build without added files may be replaced."""
+def check_new(directory: str | Path) -> None:
+    """BuildError if a build may not be written there: only an empty folder or an older build without added files may
+    be replaced. For a program that does not want to compile first and be refused then."""
+    target = Path(directory).resolve()
     if not target.exists():
         return
     if not target.is_dir():

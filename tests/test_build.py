@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipecompile.build import BUILD_VERSION, MANIFEST, read_build, write_build
+from pipecompile.build import BUILD_VERSION, MANIFEST, check_new, read_build, write_build
 from pipecompile.errors import BuildError
 
 FILES = {"plan.json": "{}", "stages/stage_0.py": "x = 'é'\n", "raw.bin": b"\x00\xff"}
@@ -92,6 +92,14 @@ def test_a_folder_that_is_not_a_build_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(BuildError, match="is not the manifest of a build"):
         write_build(tmp_path, FILES)
+
+
+def test_a_refusal_can_be_asked_for_ahead(build: Path, tmp_path: Path) -> None:
+    check_new(tmp_path / "fresh")
+    check_new(build)
+    assert not (tmp_path / "fresh").exists()
+    with pytest.raises(BuildError, match="is not a build, so it is not overwritten"):
+        check_new(tmp_path)
 
 
 def test_a_folder_of_folders_is_left_alone(tmp_path: Path) -> None:
