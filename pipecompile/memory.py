@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipecompile.ir import Instruction, Partition, Program, Route, Routes
+from pipecompile.ir import Instruction, Partition, Program, Route, Routes, Timetable
 
 ADAM = 2.0
 """Optimizer state as a factor of the trainable parameters' bytes: Adam keeps two moments."""
 
 
-def standing_bytes(program: Program, partition: Partition, optimizer_factor: float = ADAM) -> tuple[int, ...]:
+def standing_bytes(
+    program: Program | Timetable, partition: Partition, optimizer_factor: float = ADAM
+) -> tuple[int, ...]:
     """What each rank holds whatever it runs: parameters, gradients, optimizer state."""
     sizes = [0] * program.shape.ranks
     for stage, rank in enumerate(program.shape.placement):

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -25,15 +26,17 @@ from pipecompile.capture.reader import Reader, dtype_name, input_path
 from pipecompile.capture.step import Loss, Step, default_loss
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.errors import CaptureError, PipecompileError
-from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
+from pipecompile.ir import Attribute, AttributeInfo, Call, Graph, Ref, Spec, Value
 
 __all__ = ["Loss", "Step", "capture", "default_loss", "untouched"]
 
 MODEL = "model."
 
 
-def capture(model: nn.Module, batch: Any, loss: Loss | None = None) -> Graph:
+def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tuple[str, ...] = ()) -> Graph:
     """The graph of ``loss(model, batch)`` for a batch of one microbatch's size, in the model's present mode.
+
+    Calls of modules whose FQN matches a pattern of ``opaque`` (``model.layers.*.moe``) stay whole.
 
     Raises CaptureError: the model fails by itself, gives no scalar loss, or cannot be traced (the message names the
     module, the user's line and the remedy). Turns ``use_cache`` off in the model's configuration; the graph's notes say so.
@@ -43,7 +46,13 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None) -> Graph:
     seen = _observe(step, model, _copy(batch))
     recorder = Recorder(mark=True)
     program = _export(step, model, _copy(batch), recorder)
-    return _read(program, model, batch, recorder, seen, notes)
+    graph = _read(program, model, batch, recorder, seen, notes)
+    return replace(graph, calls=tuple(_kept_whole(call, opaque) for call in graph.calls)) if opaque else graph
+
+
+def _kept_whole(call: Call, opaque: tuple[str, ...]) -> Call:
+    wanted = any(fnmatchcase(call.fqn, pattern) for pattern in opaque)
+    return replace(call, keep_whole="it is opaque") if wanted and not call.keep_whole else call
 
 
 def _copy(batch: Any) -> Any:
@@ -54,7 +63,7 @@ def _copy(batch: Any) -> Any:
 def _disable_cache(model: nn.Module) -> list[str]:
     found = False
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False) is True:
             config.use_cache = False
             found = True
@@ -136,7 +145,8 @@ def _attributes(model: nn.Module) -> dict[str, AttributeInfo]:
     """Every parameter and buffer by each of its FQNs; tied ones share the first as their canonical name."""
     found: dict[str, AttributeInfo] = {}
     first: dict[int, str] = {}
-    named = [("parameter", *pair) for pair in model.named_parameters(remove_duplicate=False)]
+    named: list[tuple[str, str, torch.Tensor]] = []
+    named += [("parameter", *pair) for pair in model.named_parameters(remove_duplicate=False)]
     named += [("buffer", *pair) for pair in model.named_buffers(remove_duplicate=False)]
     for kind, fqn, tensor in named:
         canonical = first.setdefault(id(tensor), fqn)

@@ -92,7 +92,7 @@ def _watch_tensor_hooks(note: Any) -> Iterator[None]:
 
     def register_hook(tensor: torch.Tensor, hook: Any) -> Any:
         note("it registers a hook on a tensor")
-        return original(tensor, hook)
+        return original(tensor, hook)  # type: ignore[no-untyped-call]
 
     torch.Tensor.register_hook = register_hook  # type: ignore[method-assign]
     try:

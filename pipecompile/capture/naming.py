@@ -34,14 +34,14 @@ def rename_values(
         wanted[value.name] = words[-1] if words and not words[-1].isdigit() else f"input_{words[-1] if words else 0}"
     wanted |= {name: word for name, word in ((loss, "loss"), (weight, "weight")) if name}
     for call in calls:
-        for name, value in _arguments(call, model):
-            if name not in MEANINGLESS:
-                wanted.setdefault(value, name)
+        for argument, name in _arguments(call, model):
+            if argument not in MEANINGLESS:
+                wanted.setdefault(name, argument)
     for call in calls:
         tail = [part for part in call.fqn.split(".") if part and not part.isdigit()]
-        for _, value in call.results:
+        for _, name in call.results:
             if tail:
-                wanted.setdefault(value, tail[-1])
+                wanted.setdefault(name, tail[-1])
     for node in nodes:
         for value in node.outputs:
             wanted.setdefault(value.name, node.target.split(".")[1] if node.target.count(".") > 1 else node.target)

@@ -121,7 +121,9 @@ class Reader:
         return True
 
     def _append(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]) -> Any:
-        reads, parameters, buffers = [], [], []
+        reads: list[str] = []
+        parameters: list[str] = []
+        buffers: list[str] = []
         for _, leaf in leaves((args, kwargs)):
             if isinstance(leaf, Ref) and leaf.name not in reads:
                 reads.append(leaf.name)

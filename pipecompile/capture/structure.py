@@ -58,7 +58,7 @@ def rebuild(whole: Any, leaf: Callable[[Any], Any]) -> Any:
         return tuple(whole)
     if isinstance(whole, slice):
         return slice(*(rebuild(part, leaf) for part in (whole.start, whole.stop, whole.step)))
-    if isinstance(whole, PLAIN) or isinstance(whole, torch.Tensor) or whole is Ellipsis:
+    if isinstance(whole, (*PLAIN, torch.Tensor)) or whole is Ellipsis:
         return leaf(whole)
     raise Unrenderable(f"an argument of type {type(whole).__module__}.{type(whole).__qualname__}")
 

@@ -18,9 +18,14 @@ from torch import nn
 
 from pipecompile.capture.structure import tensors
 
-_library = torch.library.Library("pipecompile", "DEF")
-_library.define("mark(Tensor[] tensors, int event) -> ()")
-_library.impl("mark", lambda tensors, event: None, "CompositeExplicitAutograd")
+torch.library.define("pipecompile::mark", "(Tensor[] tensors, int event) -> ()")
+
+
+@torch.library.impl("pipecompile::mark", "CompositeExplicitAutograd")
+def _mark(tensors: list[torch.Tensor], event: int) -> None:
+    """Does nothing: what counts is that it stands in the graph."""
+
+
 MARK = torch.ops.pipecompile.mark.default
 torch.fx.node.has_side_effect(MARK)
 

@@ -1,8 +1,11 @@
 """Executes programs: stages, microbatches, transports and the executor. Knows the values of ``ir`` and the errors only."""
 
+from pipecompile.runtime.agree import from_first_rank
 from pipecompile.runtime.device import device_of
+from pipecompile.runtime.faults import connect
 from pipecompile.runtime.local import LocalRuntime
 from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.rank import RankRuntime
 from pipecompile.runtime.stage import Stage
 
-__all__ = ["LocalRuntime", "Stage", "device_of", "split"]
+__all__ = ["LocalRuntime", "RankRuntime", "Stage", "connect", "device_of", "from_first_rank", "split"]

@@ -1,0 +1,147 @@
+"""What a user calls: ``compile``, ``load`` and the ``pipeline`` decorator."""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipecompile.capture import Loss, untouched
+from pipecompile.compare import differences, gradients, gradients_aside, worst
+from pipecompile.compiled import Compiled, Options
+from pipecompile.compiler import compile_model
+from pipecompile.cost import NodeCost, measure, read_costs
+from pipecompile.errors import VerificationError
+from pipecompile.ir import Graph
+from pipecompile.machine import Machine, find_machine, parse_bytes
+from pipecompile.pipe import Pipe, build_files, read_files
+from pipecompile.runtime import from_first_rank, split
+from pipecompile.simulate import Link
+
+__all__ = ["Pipe", "compile", "load", "pipeline"]
+
+
+def compile(
+    model: nn.Module,
+    batch: Any,
+    *,
+    stages: int,
+    microbatches: int,
+    schedule: str = "1f1b",
+    loss: Loss | None = None,
+    ranks: int | None = None,
+    costs: str | Path = "measure",
+    machine: str | Path | Machine | None = None,
+    memory: int | str | None = None,
+    opaque: tuple[str, ...] = (),
+    check: bool = True,
+    progress: bool = True,
+    source: Mapping[str, Any] | None = None,
+) -> Pipe:
+    """Compile ``loss(model, batch)`` into a pipeline of ``stages`` stages on ``ranks`` ranks (as many, unless given).
+
+    ``batch`` is a whole batch (dict: keywords, tuple: positions), whose tensors' dimension 0 is split into
+    ``microbatches``. ``costs`` is "measure", "estimate" or a cost file; ``machine`` names the device and link for
+    estimates and the forecast; ``memory`` is each rank's limit ("80GiB" or bytes); modules whose FQN matches a pattern
+    of ``opaque`` are never cut. ``check=False`` skips the comparison of one microbatch with the unsplit model. In a
+    process group, rank 0 compiles and every rank gets its result.
+
+    Raises CaptureError, PartitionError, ScheduleError, CostError, MemoryLimitError, BatchError or VerificationError.
+    """
+    device = machine if isinstance(machine, Machine) else find_machine(machine or "cpu")
+    options = Options(
+        stages=stages,
+        ranks=ranks or stages,
+        microbatches=microbatches,
+        schedule=schedule,
+        memory=parse_bytes(memory) if isinstance(memory, str) else memory,
+        link=Link(device.link_latency_us / 1e3, device.link_bandwidth / 1e3),
+        opaque=tuple(opaque),
+    )
+
+    def files() -> str:
+        microbatch = split(batch, microbatches)[0]
+        price = _price(costs, model, microbatch, device, progress)
+        compiled = compile_model(model, microbatch, loss, price, options)
+        note = _check(compiled, model, microbatch, loss) if check else "not checked against the unsplit model"
+        plan = compiled.plan(source or {}, note)
+        return json.dumps(build_files(plan, compiled.program, compiled.sources))
+
+    return Pipe(json.loads(from_first_rank(files)), model, loss)
+
+
+def _price(
+    costs: str | Path, model: nn.Module, microbatch: Any, machine: Machine, progress: bool
+) -> Callable[[Graph], Mapping[str, NodeCost]]:
+    if costs == "measure":
+        return lambda graph: measure(graph, model, microbatch, progress=progress)
+    if costs == "estimate":
+        from pipecompile.cost.estimate import estimate
+
+        return lambda graph: estimate(graph, machine)
+    return lambda graph: read_costs(costs, graph)
+
+
+def _check(compiled: Compiled, model: nn.Module, microbatch: Any, loss: Loss | None) -> str:
+    """Compare one microbatch's loss and gradients with the unsplit model's; VerificationError names the worst."""
+    if any(p.is_meta for p in model.parameters()):
+        return "not checked against the unsplit model: it is on the meta device"
+    single = build_files(*compiled.single_microbatch(), compiled.sources)
+    pipe = Pipe(single, model, loss, local=True)
+    with gradients_aside(model):
+        with untouched(model):
+            value = pipe.step(microbatch)
+        got = gradients(model) | {"": value}
+        for p in model.parameters():
+            p.grad = None
+        with untouched(model):
+            expected_value = pipe.reference(model, microbatch)
+        expected = gradients(model) | {"": expected_value}
+    found = list(differences(got, expected, "the gradient of"))
+    bad = worst(found)
+    if bad.ok:
+        return ""
+    name = "the loss" if bad.name == "the gradient of " else bad.name
+    raise VerificationError(
+        f"{name} differs from the unsplit model's by {bad.error:.1e} (relative; allowed {bad.allowed:.0e}) on one "
+        "microbatch; this model does something that the capture does not see, please report it with the model"
+    )
+
+
+def load(directory: str | Path, model: nn.Module, loss: Loss | None = None, *, trust: bool = False) -> Pipe:
+    """The pipeline of a build directory for ``model``, which must have the parameters that it was compiled with.
+
+    ``loss`` is only needed for ``reference``. BuildError names a file that was changed, unless ``trust``.
+    """
+    return Pipe(read_files(directory, trust), model, loss)
+
+
+def pipeline(**options: Any) -> Callable[[Loss], Any]:
+    """Make a loss function ``loss(model, batch)`` a pipelined step: forward, backward, and the mean loss as its value.
+
+    The first call for a model compiles with ``compile``'s options; ``loss.pipeline(model)`` is the compiled pipe.
+    """
+
+    def decorate(function: Loss) -> Any:
+        pipes: weakref.WeakKeyDictionary[nn.Module, Pipe] = weakref.WeakKeyDictionary()
+
+        @functools.wraps(function)
+        def step(model: nn.Module, batch: Any) -> Tensor:
+            if model not in pipes:
+                pipes[model] = compile(model, batch, loss=function, **options)
+            return pipes[model].step(batch)
+
+        def compiled(model: nn.Module) -> Pipe:
+            if model not in pipes:
+                raise VerificationError("this model has not been compiled yet; call the loss function with it first")
+            return pipes[model]
+
+        step.pipeline = compiled  # type: ignore[attr-defined]
+        return step
+
+    return decorate

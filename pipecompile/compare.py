@@ -1,0 +1,79 @@
+"""Compares a pipeline with the unsplit model: the loss, every gradient, every buffer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+FLOOR = 1e-5
+"""A gradient smaller than this part of the largest one is compared against that: it is rounding noise around zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one tensor of the pipeline is from the unsplit model's, relative to its norm, and what is allowed."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+
+Tensors = Mapping[str, Tensor | None]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """A copy of each parameter's gradient by FQN."""
+    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()}
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """A copy of each buffer by FQN."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def differences(got: Tensors, expected: Tensors, what: str) -> Iterator[Difference]:
+    """One Difference for each name; a tensor that only one side has is infinitely far."""
+    norms = {name: _norm(tensor) for name, tensor in expected.items()}
+    floor = FLOOR * max(norms.values(), default=0.0)
+    for name, reference in expected.items():
+        mine = got.get(name)
+        label = f"{what} {name}"
+        if reference is None or mine is None:
+            missing = (reference is None) != (mine is None) and (_norm(reference) > 0 or _norm(mine) > 0)
+            yield Difference(label, math.inf if missing else 0.0, 0.0)
+            continue
+        allowed = TOLERANCE.get(reference.dtype, 0.0)
+        gap = _norm(mine.to(reference.device, torch.float64) - reference.to(torch.float64))
+        yield Difference(label, gap / max(norms[name], floor) if gap else 0.0, allowed)
+
+
+def _norm(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None else float(torch.linalg.vector_norm(tensor.detach().to(torch.float64)))
+
+
+def worst(found: list[Difference]) -> Difference:
+    """The difference that exceeds what is allowed the most, else the largest."""
+    return max(found, key=lambda d: (not d.ok, d.error if not math.isnan(d.error) else math.inf))
+
+
+@contextmanager
+def gradients_aside(model: nn.Module) -> Iterator[None]:
+    """No gradients at the start; afterwards those from before."""
+    saved = [(p, p.grad) for p in model.parameters()]
+    for p, _ in saved:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in saved:
+            p.grad = grad

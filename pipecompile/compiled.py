@@ -1,0 +1,74 @@
+"""What compiling takes and gives: the options, and the compiled parts from which plan and build are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipecompile.ir import Forecast, Program, Shape
+from pipecompile.passes.assemble import StageBody, held
+from pipecompile.passes.communicate import communicate
+from pipecompile.passes.opening import Split
+from pipecompile.passes.schedules import make_timetable
+from pipecompile.plan import Plan
+from pipecompile.simulate import Link
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may choose; ``memory`` is in bytes for each rank, ``opaque`` are FQN patterns of modules never cut."""
+
+    stages: int
+    ranks: int
+    microbatches: int
+    schedule: str = "1f1b"
+    tolerance: float = 0.05
+    memory: int | None = None
+    link: Link | None = None
+    optimizer_factor: float = 2.0
+    opaque: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Everything that compiling gives: the split graph, the stages and their sources, the program and its forecast."""
+
+    options: Options
+    split: Split
+    bodies: tuple[StageBody, ...]
+    sources: tuple[str, ...]
+    program: Program
+    forecast: Forecast
+
+    def plan(self, source: Mapping[str, Any], note: str = "") -> Plan:
+        """The plan; ``source`` says where the model came from, ``note`` is added to the graph's own."""
+        graph, partition = self.split.graph, self.split.partition
+        return Plan(
+            model=partition.graph,
+            schedule=self.options.schedule,
+            ranks=self.options.ranks,
+            microbatches=self.options.microbatches,
+            placement=self.program.shape.placement,
+            loss=graph.loss,
+            weight=graph.weight,
+            inputs=graph.inputs,
+            stages=tuple(body.plan for body in self.bodies),
+            costs=partition.costs,
+            holds=tuple(tuple(held(graph, body.plan)) for body in self.bodies),
+            transfers=partition.transfers,
+            forecast=self.forecast,
+            bound_ms=partition.bound_ms,
+            bound_bytes=partition.bound_bytes,
+            random=any(node.random for node in graph.nodes),
+            replicated=tuple(node.name for node in graph.nodes if node.name in graph.replicated),
+            opened=tuple(key for key in graph.opened if not key.startswith("@")),
+            notes=(*graph.notes, *self.split.gains, *([note] if note else [])),
+            source=source,
+        )
+
+    def single_microbatch(self) -> tuple[Plan, Program]:
+        """The same stages with a program for one microbatch."""
+        shape = Shape(self.options.stages, self.options.ranks, 1, self.program.shape.placement)
+        program = communicate(make_timetable("gpipe", shape), self.split.partition)
+        return replace(self.plan({}), microbatches=1), program

@@ -1,0 +1,205 @@
+"""A compiled pipeline that trains a model: the stages made of its modules, the program, and a runtime for both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipecompile.build import read_build, write_build
+from pipecompile.capture import Loss, Step
+from pipecompile.errors import BatchError, BuildError
+from pipecompile.ir import Forecast, Program
+from pipecompile.model_file import ModelFile, read_model_file
+from pipecompile.plan import Plan
+from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, split
+
+Files = Mapping[str, str]
+
+
+def build_files(plan: Plan, program: Program, sources: tuple[str, ...]) -> dict[str, str]:
+    """The contents of a build directory by file name."""
+    files = {
+        "plan.json": json.dumps(plan.to_json(), indent=1),
+        "program.json": json.dumps(program.to_json()),
+        "program.txt": f"{program}\n",
+    }
+    return files | {f"stages/stage_{index}.py": source for index, source in enumerate(sources)}
+
+
+class Pipe:
+    """A model's pipeline. ``step(batch)`` is one forward and backward of all microbatches.
+
+    Without a process group all ranks run in this process and the stages hold the model's own parameters; with one, this
+    process runs the program of its rank, and holds only its stages once the caller drops the model. ``local`` runs all
+    ranks here all the same.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        model: nn.Module,
+        loss: Loss | None = None,
+        *,
+        local: bool = False,
+        timeout_s: float = 300.0,
+    ) -> None:
+        self._files = dict(files)
+        self.plan = Plan.from_json(_json(files, "plan.json"))
+        self.program = Program.from_json(_json(files, "program.json"))
+        self.loss = loss
+        self.rank, self.ranks = (0, 1) if local else _world(self.program.shape.ranks)
+        placement = self.program.shape.placement
+        mine = [s for s, rank in enumerate(placement) if self.ranks == 1 or rank == self.rank]
+        self._stages: dict[int, Stage] = {s: self._make(s, model) for s in mine}
+        self._timeout_s = timeout_s
+        self._runtime: LocalRuntime | RankRuntime | None = None
+
+    def _make(self, index: int, model: nn.Module) -> Stage:
+        name = f"stages/stage_{index}.py"
+        scope: dict[str, Any] = {"__name__": f"pipecompile_stage_{index}"}
+        exec(compile(self.source(index), name, "exec"), scope)
+        stage: Stage = scope[f"Stage{index}"](model, self.plan.stages[index])
+        return stage
+
+    @property
+    def forecast(self) -> Forecast:
+        """The predicted time, idle shares and peak memory of a step."""
+        return self.plan.forecast
+
+    @property
+    def stages(self) -> Mapping[int, Stage]:
+        """The stages that this process runs, by index."""
+        return MappingProxyType(self._stages)
+
+    def stage(self, index: int) -> Stage:
+        """Stage ``index``, an nn.Module whose state_dict has the model's own keys. BuildError if another rank has it."""
+        if index not in self._stages:
+            here = ", ".join(map(str, self._stages))
+            raise BuildError(f"stage {index} is not on rank {self.rank}, which has {here}; ask the rank that runs it")
+        return self._stages[index]
+
+    def source(self, index: int) -> str:
+        """The Python source of stage ``index``."""
+        try:
+            return self._files[f"stages/stage_{index}.py"]
+        except KeyError:
+            raise BuildError(f"there is no stage {index}; stages go from 0 to {len(self.plan.stages) - 1}") from None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of this process's stages, each once, in the order of the stages."""
+        found = {id(p): p for stage in self._stages.values() for p in stage.parameters()}
+        return list(found.values())
+
+    def step(self, batch: Any) -> Tensor:
+        """The loss of a whole batch (0-dim, detached, the same on every rank); gradients are added to ``.grad``.
+
+        The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
+        Raises BatchError for a batch of another shape than the compiled one, RuntimeFault for a failure on any rank.
+        """
+        self._check_batch(batch)
+        if self._runtime is None:
+            self._runtime = self._make_runtime()
+        return self._runtime.step(batch)
+
+    def _make_runtime(self) -> LocalRuntime | RankRuntime:
+        plan = self.plan
+        if self.ranks == 1:
+            return LocalRuntime(self.program, self._stages, plan.stages, loss=plan.loss, weight=plan.weight)
+        return RankRuntime(
+            self.program,
+            self.rank,
+            self._stages,
+            plan.stages,
+            loss=plan.loss,
+            weight=plan.weight,
+            timeout_s=self._timeout_s,
+        )
+
+    def _check_batch(self, batch: Any) -> None:
+        for value in self.plan.inputs:
+            place = "".join(f"[{step!r}]" if kind == "item" else f".{step}" for kind, step in value.path)
+            leaf = batch
+            try:
+                for kind, step in value.path:
+                    leaf = leaf[step] if kind == "item" else getattr(leaf, step)
+            except (KeyError, IndexError, AttributeError, TypeError):
+                raise BatchError(f"the batch has no {place}; it was compiled with {value.spec} there") from None
+            shape = value.spec.shape
+            expected = (shape[0] * self.plan.microbatches, *shape[1:]) if shape else ()
+            if not isinstance(leaf, Tensor) or tuple(leaf.shape) != expected or _dtype(leaf) != value.spec.dtype:
+                got = f"{_dtype(leaf)}{list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise BatchError(
+                    f"batch{place} is {got}, but the pipeline was compiled for {value.spec.dtype}{list(expected)} "
+                    f"({self.plan.microbatches} microbatches); give it that, or compile again with this batch"
+                )
+
+    def reference(self, model: nn.Module, batch: Any) -> Tensor:
+        """The same step on the unsplit ``model``: gradient accumulation over the same microbatches. Returns the loss."""
+        step = Step(model, self.loss)
+        count = self.plan.microbatches
+        if not self.plan.weight:
+            total = torch.zeros(())
+            for microbatch in split(batch, count):
+                loss = step(microbatch)[0] / count
+                loss.backward()
+                total = total.to(loss.device) + loss.detach().reshape(())
+            return total
+        results = [step(microbatch) for microbatch in split(batch, count)]
+        weights = torch.stack([weight.reshape(()) for _, weight in results if weight is not None])
+        value = torch.stack([loss.reshape(()) for loss, _ in results]).sum() / weights.sum()
+        value.backward()
+        return value.detach()
+
+    def save(self, directory: str | Path) -> None:
+        """Write the build directory; an older build there is replaced, anything else refused with BuildError."""
+        write_build(directory, self._files)
+
+
+def read_files(directory: str | Path, trust: bool = False) -> dict[str, str]:
+    """A build's files as text; BuildError if one was changed (unless trusted) or another version wrote it."""
+    return {name: content.decode() for name, content in read_build(directory, trust=trust).items()}
+
+
+def open_build(
+    directory: str | Path, trust: bool = False, *, local: bool = False, timeout_s: float = 300.0
+) -> tuple[Pipe, nn.Module, ModelFile]:
+    """A build made from a model file: its pipe, the model that the file makes, and the file."""
+    files = read_files(directory, trust)
+    source = Plan.from_json(_json(files, "plan.json")).source
+    if "file" not in source:
+        raise BuildError(f"build {str(directory)!r} was made in Python, not of a model file; use pipecompile.load")
+    file = read_model_file(Path(directory).resolve() / source["file"], "" if trust else source["sha256"])
+    model = file.model()
+    return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), model, file
+
+
+def _json(files: Files, name: str) -> Any:
+    try:
+        return json.loads(files[name])
+    except KeyError:
+        raise BuildError(f"the build has no {name}; compile again") from None
+    except ValueError as error:
+        raise BuildError(f"the build's {name} is no JSON: {error}; compile again") from error
+
+
+def _world(ranks: int) -> tuple[int, int]:
+    """(this process's rank, ranks that run): (0, 1) where all ranks run in this process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0, 1
+    if dist.get_world_size() != ranks:
+        raise BuildError(
+            f"the program is for {ranks} ranks, but {dist.get_world_size()} processes run; "
+            f"start it with torchrun --nproc-per-node {ranks}"
+        )
+    return dist.get_rank(), ranks
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

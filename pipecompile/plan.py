@@ -1,0 +1,157 @@
+"""The plan: what a compiled pipeline is, for people and for the runtime, without anything of torch.
+
+``plan.json`` in a build is ``Plan.to_json()``; ``str(plan)`` is what the command line prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipecompile.errors import BuildError
+from pipecompile.ir import Forecast, Path, Port, Spec, StageCost, StagePlan, Transfer, Value
+from pipecompile.machine import format_bytes
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A compiled pipeline's stages, what they hold and cost, what crosses between them, and what a step will take.
+
+    ``inputs`` are the batch's tensors at one microbatch's size. ``holds`` are the FQNs of all parameters and buffers of
+    each stage. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none).
+    """
+
+    model: str
+    schedule: str
+    ranks: int
+    microbatches: int
+    placement: tuple[int, ...]
+    loss: str
+    weight: str
+    inputs: tuple[Value, ...]
+    stages: tuple[StagePlan, ...]
+    costs: tuple[StageCost, ...]
+    holds: tuple[tuple[str, ...], ...]
+    transfers: tuple[Transfer, ...]
+    forecast: Forecast
+    bound_ms: float = 0.0
+    bound_bytes: int = 0
+    random: bool = False
+    replicated: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that cross between stages for each microbatch, gradients included."""
+        return sum(t.bytes + t.gradient_bytes for t in self.transfers)
+
+    def to_json(self) -> dict[str, Any]:
+        whole = {name: getattr(self, name) for name in self.__slots__ if name not in ("forecast", "stages")}
+        whole |= {
+            "version": PLAN_VERSION,
+            "inputs": [asdict(value) for value in self.inputs],
+            "stages": [stage.to_json() for stage in self.stages],
+            "costs": [asdict(cost) for cost in self.costs],
+            "transfers": [asdict(transfer) for transfer in self.transfers],
+            "forecast": {
+                "step_ms": self.forecast.step_ms,
+                "busy_ms": self.forecast.busy_ms,
+                "bubble": self.forecast.bubble,
+                "peak_bytes": self.forecast.peak_bytes,
+            },
+        }
+        return whole
+
+    @staticmethod
+    def from_json(whole: Mapping[str, Any]) -> Plan:
+        """Read what ``to_json`` gives; BuildError if it is of another version or malformed."""
+        if whole.get("version") != PLAN_VERSION:
+            raise BuildError(
+                f"plan.json has version {whole.get('version')!r}, this pipecompile reads {PLAN_VERSION}; compile again"
+            )
+        try:
+            forecast = whole["forecast"]
+            plain = (
+                "model",
+                "schedule",
+                "ranks",
+                "microbatches",
+                "loss",
+                "weight",
+                "bound_ms",
+                "bound_bytes",
+                "random",
+            )
+            lists = ("placement", "replicated", "opened", "notes")
+            fields: dict[str, Any] = {name: whole[name] for name in (*plain, "source")}
+            fields |= {name: tuple(whole[name]) for name in lists}
+            return Plan(
+                **fields,
+                inputs=tuple(_value(value) for value in whole["inputs"]),
+                stages=tuple(_stage(stage) for stage in whole["stages"]),
+                costs=tuple(StageCost(**cost) for cost in whole["costs"]),
+                holds=tuple(tuple(names) for names in whole["holds"]),
+                transfers=tuple(Transfer(**transfer) for transfer in whole["transfers"]),
+                forecast=Forecast(forecast["step_ms"], tuple(forecast["busy_ms"]), tuple(forecast["peak_bytes"])),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BuildError(f"plan.json is malformed at {error}; compile again") from error
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {len(self.stages)} stages on {self.ranks} ranks, {self.microbatches} microbatches, {self.schedule}",
+            "",
+            "stage  rank  forward ms  backward ms  parameters  receives",
+        ]
+        for stage, cost in zip(self.stages, self.costs):
+            received = ", ".join(f"{port.name} {port.spec} from {port.source}" for port in stage.inputs) or "the batch"
+            lines.append(
+                f"{stage.index:5}  {self.placement[stage.index]:4}  {cost.forward_ms:10.3f}  {cost.backward_ms:11.3f}  "
+                f"{format_bytes(cost.parameter_bytes):>10}  {received}"
+            )
+        slowest = max(cost.total_ms for cost in self.costs)
+        fair = sum(cost.total_ms for cost in self.costs) / len(self.costs)
+        bound = f", proved bound {self.bound_ms:.3f} ms" if self.bound_ms else ""
+        lines += [
+            "",
+            f"slowest stage {slowest:.3f} ms, {slowest / fair - 1 if fair else 0:.1%} over equal shares{bound}",
+            f"{format_bytes(self.bytes)} cross between stages for each microbatch, there and back",
+            f"forecast: {self.forecast.step_ms:.3f} ms a step, "
+            f"idle {', '.join(f'{share:.0%}' for share in self.forecast.bubble)} of each rank's time, "
+            f"peak memory {', '.join(format_bytes(size) for size in self.forecast.peak_bytes)}",
+        ]
+        shared = dict.fromkeys(name for stage in self.stages for name in stage.shared)
+        lines += [f"shared by several stages, gradients summed: {name}" for name in shared]
+        lines += [f"opened: {', '.join(self.opened)}"] if self.opened else []
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _path(steps: Any) -> Path:
+    return tuple((str(kind), step) for kind, step in steps)
+
+
+def _spec(whole: Mapping[str, Any]) -> Spec:
+    return Spec(tuple(whole["shape"]), whole["dtype"], whole["gradient"])
+
+
+def _value(whole: Mapping[str, Any]) -> Value:
+    return Value(whole["name"], _spec(whole["spec"]), _path(whole["path"]), whole["storage"])
+
+
+def _port(whole: Mapping[str, Any]) -> Port:
+    return Port(whole["name"], _spec(whole["spec"]), whole["source"], tuple(whole["targets"]))
+
+
+def _stage(whole: Mapping[str, Any]) -> StagePlan:
+    return StagePlan(
+        index=whole["index"],
+        inputs=tuple(_port(port) for port in whole["inputs"]),
+        outputs=tuple(_port(port) for port in whole["outputs"]),
+        **{name: tuple(whole[name]) for name in ("modules", "parameters", "buffers", "opened")},
+        shared=dict(whole["shared"]),
+    )
