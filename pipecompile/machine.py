@@ -77,7 +77,7 @@ def _is_number(value: object) -> bool:
 
 _NAMED = (
     # One core of a current x86 server: 2 FMA units x 8 float32 x 2 at 3 GHz; links are gloo over loopback.
-    Machine("cpu", {"float32": 96e9, "float64": 48e9, "bfloat16": 96e9}, 12e9, 16 * 1024**3, 2e9, 100.0, 3.0),
+    Machine("cpu", {"float32": 96e9, "float64": 48e9, "bfloat16": 96e9}, 12e9, 16 * 1024**3, 2e9, 100.0, 8.0),
     # NVIDIA V100 data sheet (SXM2): NVLink 2, 300 GB/s both ways.
     Machine("v100-32gb", {"float64": 7.8e12, "float32": 15.7e12, "float16": 125e12}, 900e9, 32 * 1024**3, 150e9, 10.0),
     # NVIDIA A100 data sheet (SXM): NVLink 3, 600 GB/s both ways. float32 without TF32, as torch computes by default.

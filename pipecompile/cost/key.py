@@ -41,14 +41,16 @@ def environment(device: torch.device) -> str:
 
 def node_key(node: Node, graph: Graph, model: nn.Module, known: Mapping[str, Spec], around: str) -> str:
     """The key of ``node``; ``known`` is ``specs(graph)``, ``around`` is ``environment(device)``."""
-    parts = [around, _line(node, graph, known, target=node.target if node.kind == "op" else "")]
+    parts = [around, line(node, graph, known, target=node.target if node.kind == "op" else "")]
     if node.kind == "call":
         parts += _configuration(model.get_submodule(node.target))
-        parts += [_line(part, graph, known, part.target) for part in node.inside]
+        parts += [line(part, graph, known, part.target) for part in node.inside]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _line(node: Node, graph: Graph, known: Mapping[str, Spec], target: str) -> str:
+def line(node: Node, graph: Graph, known: Mapping[str, Spec], target: str) -> str:
+    """What a node does to arguments of which shapes and dtypes, without the names of values and attributes."""
+
     def leaf(at: Ref | Attribute) -> Any:
         if isinstance(at, Attribute) and at.fqn in graph.constants:
             constant = graph.constants[at.fqn]
