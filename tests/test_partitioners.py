@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipecompile.errors import PartitionError
+from pipecompile.errors import MemoryLimitError, PartitionError
 from pipecompile.ir import CostGraph, CostNode, CostTensor, Parameter, Shared, StageCost, Transfer
 from pipecompile.passes.partitioners import evaluate, partition, partitioners
 
@@ -122,6 +122,20 @@ def test_more_stages_than_nodes():
 def test_bad_options(options: dict, message: str):
     with pytest.raises(PartitionError, match=message):
         partition(chain(1, 1, 1), **({"stages": 2} | options))
+
+
+def test_memory_that_nothing_fits():
+    """Stage 0 holds the activations of two microbatches: 200 + 2 · 30."""
+    weight = Parameter("w", 50)
+    nodes = (CostNode("a", 1.0, 1.0, (weight,), 30), CostNode("b", 1.0, 1.0))
+    graph = CostGraph("g", nodes, ((0, 1),), ())
+    assert partition(graph, 2, memory=260).stage == (0, 1)
+    message = "the nearest needs 260 bytes on rank 0, 1 more than its 259; give more memory, use more ranks"
+    with pytest.raises(MemoryLimitError, match=message):
+        partition(graph, 2, memory=259)
+    message = "contiguous found no partition into 2 stages within the memory; try --method default"
+    with pytest.raises(MemoryLimitError, match=message):
+        partition(graph, 2, memory=259, method="contiguous")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Sequence
 
-from pipecompile.errors import PartitionError
+from pipecompile.errors import MemoryLimitError, PartitionError
 from pipecompile.ir import CostGraph, Partition, Shared, StageCost, Transfer
 from pipecompile.passes.partitioners.problem import Answer, Limits, Problem, make
 
@@ -57,25 +57,71 @@ def partition(
     the optimizer: 4), its frozen ones once, and the saved activations of ``in_flight`` microbatches (1F1B's, unless
     given). ``speeds`` are the devices' relative speeds, ``bandwidths`` those of the links between stages s and s+1.
     """
-    known = partitioners()
-    if method not in known:
-        raise PartitionError(f"partitioner {method!r} is unknown; expected one of {', '.join(known)}")
+    problem = pose(
+        graph,
+        stages,
+        tolerance=tolerance,
+        memory=memory,
+        in_flight=in_flight,
+        placement=placement,
+        state_factor=state_factor,
+        speeds=speeds,
+        bandwidths=bandwidths,
+        time_limit=time_limit,
+    )
+    return evaluate_answer(graph, problem, solve(problem, method))
+
+
+def pose(
+    graph: CostGraph,
+    stages: int,
+    *,
+    tolerance: float = 0.05,
+    memory: int | Sequence[int] | None = None,
+    in_flight: Sequence[int] | None = None,
+    placement: Sequence[int] | None = None,
+    state_factor: float = 4.0,
+    speeds: Sequence[float] | None = None,
+    bandwidths: Sequence[float] | None = None,
+    time_limit: float = 10.0,
+) -> Problem:
+    """The problem that ``partition`` solves for these arguments; PartitionError names what is wrong with one."""
     _check(graph, stages, tolerance, speeds, bandwidths)
-    problem = make(
+    limits = _limits(stages, memory, in_flight, placement)
+    return make(
         graph,
         stages,
         tolerance=tolerance,
         speeds=speeds,
         bandwidths=bandwidths,
-        limits=_limits(stages, memory, in_flight, placement),
+        limits=limits,
         state_factor=state_factor,
         time_limit=time_limit,
     )
+
+
+def solve(problem: Problem, method: str = "default") -> Answer:
+    """What a partitioner finds; PartitionError if it finds nothing, MemoryLimitError if memory is the reason."""
+    known = partitioners()
+    if method not in known:
+        raise PartitionError(f"partitioner {method!r} is unknown; expected one of {', '.join(known)}")
     answer = known[method](problem)
     if answer is None:
-        raise PartitionError(f"{method} found no partition of {graph.name!r} into {stages} stages within the limits")
+        kind, why = (MemoryLimitError, "the memory") if problem.limits else (PartitionError, "the time limit")
+        raise kind(f"{method} found no partition into {problem.stages} stages within {why}; try --method default")
+    return answer
+
+
+def evaluate_answer(graph: CostGraph, problem: Problem, answer: Answer) -> Partition:
+    """The partition that an answer means. Where links differ it bounds weighted bytes, which bound no plain ones."""
+    equal = all(link == 1.0 for link in problem.links)
     return evaluate(
-        graph, answer.stage, stages=stages, speeds=speeds, bound_ms=answer.bound_ms, bound_bytes=answer.bound_bytes
+        graph,
+        answer.stage,
+        stages=problem.stages,
+        speeds=problem.speeds,
+        bound_ms=answer.bound_ms,
+        bound_bytes=math.ceil(answer.bound_bytes * (1 - 1e-9)) if equal else 0,
     )
 
 
@@ -132,7 +178,7 @@ def evaluate(
     stages: int | None = None,
     speeds: Sequence[float] | None = None,
     bound_ms: float = 0.0,
-    bound_bytes: float = 0.0,
+    bound_bytes: int = 0,
 ) -> Partition:
     """What a stage map costs: each stage's time (on its device) and bytes, transfers, and shared parameters."""
     if len(stage) != len(graph.nodes):
@@ -153,7 +199,7 @@ def evaluate(
         transfers=_transfers(graph, stage),
         shared=_shared(graph, stage),
         bound_ms=bound_ms,
-        bound_bytes=math.ceil(bound_bytes),
+        bound_bytes=bound_bytes,
     )
 
 

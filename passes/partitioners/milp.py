@@ -54,8 +54,6 @@ class Model:
         self.above: list[float] = []
         self._order()
         self._filled()
-        if problem.limits:
-            self._memory()
 
     def column(self, cost: float) -> int:
         """A new continuous column from 0 upwards."""
@@ -101,18 +99,21 @@ class Model:
             terms = [term for v in range(self.problem.nodes) for term in self.x(v, s, -1.0)]
             self.row(terms, -1.0)
 
-    def _memory(self) -> None:
+    def memory(self, excess: bool = False) -> None:
+        """Limit every rank's memory, or (with ``excess``) minimise the most bytes that any rank is over its limit."""
         limits = self.problem.limits
-        assert limits is not None
+        if limits is None:
+            return
+        unit = SCALE / max(*limits.memory, 1)
         rows: list[Terms] = [[] for _ in limits.memory]
         for s, rank in enumerate(limits.rank):
-            scale = SCALE / max(limits.memory[rank], 1)
             for v, saved in enumerate(self.problem.saved):
-                rows[rank] += self.x(v, s, saved * limits.in_flight[s] * scale) if saved else []
+                rows[rank] += self.x(v, s, saved * limits.in_flight[s] * unit) if saved else []
             for size, nodes in self.problem.weights:
-                rows[rank] += self._any(nodes, s, size * scale)
-        for rank, terms in enumerate(rows):
-            self.row(terms, SCALE if limits.memory[rank] else 0.0)
+                rows[rank] += self._any(nodes, s, size * unit)
+        over = [(self.column(1 / unit), -1.0)] if excess else []
+        for terms, limit in zip(rows, limits.memory):
+            self.row(terms + over, limit * unit)
 
     def _any(self, nodes: Sequence[int], s: int, factor: float) -> Terms:
         """``factor`` if any of the nodes is in stage s."""
