@@ -148,13 +148,13 @@ class Pipe:
             total = torch.zeros(())
             for microbatch in split(batch, count):
                 loss = step(microbatch)[0] / count
-                loss.backward()
+                torch.autograd.backward([loss])
                 total = total.to(loss.device) + loss.detach().reshape(())
             return total
         results = [step(microbatch) for microbatch in split(batch, count)]
         weights = torch.stack([weight.reshape(()) for _, weight in results if weight is not None])
         value = torch.stack([loss.reshape(()) for loss, _ in results]).sum() / weights.sum()
-        value.backward()
+        torch.autograd.backward([value])
         return value.detach()
 
     def save(self, directory: str | Path) -> None:
