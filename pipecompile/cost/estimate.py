@@ -62,30 +62,31 @@ def _estimate_node(shapes: _Shapes, node: Node, parts: Sequence[Node], machine: 
         kept.update([_storage(tensor)])
         return tensor
 
-    forward = Roofline(machine)
+    counter = Roofline(machine)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for part in parts:
-            values |= shapes.run(part, values, forward)
+            values |= shapes.run(part, values, counter)
+    forward = counter.ms
     made = [values[value.name] for value in node.outputs if values[value.name].requires_grad]
     weights = [tensor for tensor in shapes.attributes.values() if tensor.requires_grad]
     own = {_storage(tensor)[0] for tensor in shapes.attributes.values()}
-    whole = _backward_ms(made, [*inputs, *weights], machine)
+    whole = _backward_ms(made, [*inputs, *weights], counter)
     return NodeCost(
-        forward.ms,
+        forward,
         whole,
         sum(size for storage, size in kept.items() if storage not in own) if made else 0,
-        max(0.0, whole - _backward_ms(made, inputs, machine)),
+        max(0.0, whole - _backward_ms(made, inputs, counter)),
     )
 
 
-def _backward_ms(made: Sequence[Tensor], towards: Sequence[Tensor], machine: Machine) -> float:
+def _backward_ms(made: Sequence[Tensor], towards: Sequence[Tensor], counter: Roofline) -> float:
     if not made or not towards:
         return 0.0
     gradients = [torch.ones_like(tensor) for tensor in made]
-    backward = Roofline(machine)
-    with backward:
+    before = counter.ms
+    with counter:
         torch.autograd.grad(made, towards, gradients, retain_graph=True, allow_unused=True)
-    return backward.ms
+    return counter.ms - before
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
