@@ -1,0 +1,62 @@
+"""When a rank can know that what it sent has arrived: the moment at which its buffers are let go without waiting.
+
+A receive tells its rank what the sender knew when it sent, so knowledge travels along messages:
+
+    rank 0   SEND a ───┐          RECV b     here rank 0 knows that a has arrived
+    rank 1             └▶ RECV a  SEND b ──▶
+
+Each rank carries, for every rank, how many of its instructions are known to be over (Mattern's vector clocks);
+O(instructions x ranks).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pipecompile.ir import RECEIVES, SENDS, Program
+from pipecompile.runtime.messages import Channel, Plans, interleave, message_of
+
+Arrivals = dict[tuple[int, int], dict[Channel, int]]
+"""For a receive, by (rank, position): how many more sends of each channel have surely arrived."""
+
+
+def arrivals(program: Program, plans: Plans) -> Arrivals:
+    """What each receive says about its rank's own earlier sends."""
+    ranks = range(len(program.rows))
+    known = [[0 for _ in ranks] for _ in ranks]
+    clocks: dict[Channel, deque[list[int]]] = {}
+    received_at = _receive_positions(program, plans)
+    waiting: dict[Channel, deque[int]] = {}
+    found: Arrivals = {}
+    for rank, position in interleave(program, plans):
+        one = program.rows[rank][position]
+        known[rank][rank] = position + 1
+        if one.op in SENDS:
+            channel = message_of(one, plans, program.shape.placement).channel
+            clocks.setdefault(channel, deque()).append(known[rank].copy())
+            waiting.setdefault(channel, deque()).append(received_at[channel].popleft())
+        elif one.op in RECEIVES:
+            channel = message_of(one, plans, program.shape.placement).channel
+            heard = clocks[channel].popleft()
+            known[rank] = [max(mine, theirs) for mine, theirs in zip(known[rank], heard)]
+            over = {c: _arrived(queue, known[rank][c[1]]) for c, queue in waiting.items() if c[0] == rank}
+            found[rank, position] = {c: count for c, count in over.items() if count}
+    return found
+
+
+def _receive_positions(program: Program, plans: Plans) -> dict[Channel, deque[int]]:
+    found: dict[Channel, deque[int]] = {}
+    for row in program.rows:
+        for position, one in enumerate(row):
+            if one.op in RECEIVES:
+                found.setdefault(message_of(one, plans, program.shape.placement).channel, deque()).append(position)
+    return found
+
+
+def _arrived(queue: deque[int], over: int) -> int:
+    """Take from ``queue`` the sends whose receive is among the first ``over`` instructions of its rank."""
+    count = 0
+    while queue and queue[0] < over:
+        queue.popleft()
+        count += 1
+    return count

@@ -1,0 +1,156 @@
+"""One rank of a program in its own process: what ``torchrun`` starts R times."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipecompile.errors import RuntimeFault
+from pipecompile.ir import Program, StagePlan
+from pipecompile.runtime.channels import Channels, wait_for
+from pipecompile.runtime.executor import Executor, Step, fault
+from pipecompile.runtime.faults import FirstFault, check_in
+from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
+from pipecompile.runtime.messages import Plans, by_index
+from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.wiring import Reduce, wire
+
+_made = itertools.count()
+"""Runtimes of this process: all ranks make theirs in the same order, so the count names them in the store."""
+
+
+class RankRuntime:
+    """``step`` runs this rank's part of a training step; every rank gets the whole batch and the loss.
+
+    ``stages`` are the rank's own, ``plans`` all. The default process group must be there (``connect`` makes it), with
+    one process for each rank. A wait longer than ``timeout_s`` seconds is a RuntimeFault; so is any failure of another
+    rank, and its message is the first one's.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        stages: Mapping[int, nn.Module],
+        plans: Iterable[StagePlan] | Mapping[int, StagePlan],
+        *,
+        loss: str,
+        weight: str = "",
+        timeout_s: float = 300.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        found = by_index(plans, program)
+        ranks = program.shape.ranks
+        if dist.get_world_size() != ranks:
+            raise RuntimeFault(
+                f"the program has {ranks} ranks, but {dist.get_world_size()} processes run; "
+                f"start it with torchrun --nproc-per-node {ranks}"
+            )
+        first = next((p for stage in stages.values() for p in stage.parameters()), torch.empty(0))
+        self._device = torch.device(device) if device is not None else first.device
+        self._timeout = timedelta(seconds=timeout_s)
+        self._microbatches = program.shape.microbatches
+        self._failed = ""
+        row = wire(program, rank, stages, found, loss, weight)
+        store = dist.distributed_c10d._get_default_store()
+        name = f"pipecompile/runtime/{next(_made)}"
+        check_in(store, rank, ranks, name, timeout_s)
+        self._faults = FirstFault(store, f"{name}/fault")
+        self._channels = Channels(program, rank, found, self._device, timeout_s)
+        self._reducing = _reduce_groups(program, rank, self._timeout)
+        self._everyone = dist.new_group(list(range(ranks)), timeout=self._timeout)
+        self._executor = Executor(row, self._channels, self._reduce, self._microbatches, not weight)
+        self._shared = shared_parameters(stages, found)
+        everything = [list(stage.parameters()) for stage in stages.values()]
+        self._apart = Apart(p for several in (everything if weight else self._shared.values()) for p in several)
+        self._sums: list[tuple[Any, list[Tensor], Tensor]] = []
+        self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
+
+    def step(self, batch: Any) -> Tensor:
+        """The loss of ``batch`` on every rank; the gradients of this rank's stages are added to their ``.grad``."""
+        if self._failed:
+            raise RuntimeFault(f"this runtime has failed before ({self._failed}); start the processes again")
+        self._executor.begin(split(batch, self._microbatches))
+        self._apart.begin()
+        step = None
+        try:
+            self._channels.begin()
+            for step in self._executor.steps:
+                step.handler(step.operand)
+            step = None
+            return self._finish()
+        except Exception as error:
+            raise self._fail(step, error) from error
+
+    def _finish(self) -> Tensor:
+        self._channels.end()
+        for work, copies, gradient in self._sums:
+            wait_for(work, self._timeout, "the ranks that share a parameter")
+            share(copies, gradient)
+        self._sums = []
+        loss, weight = self._executor.losses, self._executor.weights
+        values = [self._tell(mine, *maker) for mine, maker in zip((loss, weight), self._totals)]
+        self._apart.end(*values[1:])
+        self._executor.end()
+        return values[0] / values[1] if len(values) > 1 else values[0]
+
+    def _tell(self, mine: Tensor | None, rank: int, dtype: torch.dtype) -> Tensor:
+        """What ``rank`` has made, on every rank."""
+        value = torch.empty((), dtype=dtype, device=self._device) if mine is None else mine
+        work = dist.broadcast(value, src=rank, group=self._everyone, async_op=True)
+        wait_for(work, self._timeout, f"rank {rank}, which makes the loss, or another rank")
+        return value
+
+    def _reduce(self, op: Reduce) -> None:
+        """Start the sums; they are awaited at the end of the step."""
+        for canonical in op.values:
+            copies = self._shared.get(canonical, [])
+            if copies:
+                mine = total(copies)
+                gradient = torch.zeros_like(copies[0]) if mine is None else mine.contiguous()
+                work = dist.all_reduce(gradient, group=self._reducing[op.ranks], async_op=True)
+                self._sums.append((work, copies, gradient))
+
+    def _fail(self, step: Step | None, error: Exception) -> RuntimeFault:
+        """Make this failure known, or hear of the one before it, and let go of everyone who waits for this rank."""
+        rank = dist.get_rank()
+        mine = str(fault(step, error) if step is not None else f"rank {rank}, end of the step: {error}")
+        self._failed = self._faults.record(mine)
+        self._sums = []
+        self._apart.abandon()
+        self._channels.close()
+        for group in (*self._reducing.values(), self._everyone):
+            dist.destroy_process_group(group)
+        self._reducing, self._everyone = {}, None
+        failure = RuntimeFault(self._failed)
+        if self._failed != mine:
+            failure.add_note(f"that ended rank {rank} too: {mine}")
+        return failure
+
+
+def _reduce_groups(program: Program, rank: int, timeout: timedelta) -> dict[tuple[int, ...], Any]:
+    """A group for each set of ranks that sums a gradient, made in one order on all ranks; this rank's own are given."""
+    placement = program.shape.placement
+    sets = {
+        tuple(sorted({placement[one.stage], *(placement[peer] for peer in one.peers)}))
+        for row in program.rows
+        for one in row
+        if one.op == "REDUCE_GRAD"
+    }
+    groups = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in sorted(sets)}
+    return {ranks: group for ranks, group in groups.items() if rank in ranks}
+
+
+def _maker(program: Program, plans: Plans, name: str) -> tuple[int, torch.dtype]:
+    """The rank that makes the output ``name``, and the output's dtype."""
+    for plan in plans.values():
+        for port in plan.outputs:
+            if port.name == name:
+                return program.shape.placement[plan.index], getattr(torch, port.spec.dtype)
+    raise AssertionError(f"wiring has checked that one stage makes {name!r}")
