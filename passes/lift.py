@@ -27,7 +27,8 @@ def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
     Dead nodes are dropped. Raises CaptureError for a call that must stay whole but cannot (R1).
     """
     cheap = replicable(graph)
-    nodes = _drop_dead(graph, list(_lifted(graph, opened, closed_calls(graph), cheap)))
+    lifted = list(_lifted(graph, opened, closed_calls(graph), cheap))
+    nodes = _drop_dead(graph, lifted)
     replicated = frozenset(node.name for node in nodes if node.kind == "op" and node.name in cheap)
     together, order = storage_constraints(graph, nodes, replicated)
     return replace(
@@ -37,6 +38,7 @@ def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
         together=together,
         order=order,
         opened=tuple(call.key for call in graph.calls if call.key in opened),
+        dropped=_dropped(lifted, nodes),
     )
 
 
@@ -169,6 +171,13 @@ def _drop_dead(graph: Graph, nodes: list[Node]) -> list[Node]:
         live_storage.update(storage.get(name, name) for name in node.reads)
         kept.append(replace(node, outputs=outputs) if node.kind == "call" else node)
     return kept[::-1]
+
+
+def _dropped(lifted: list[Node], nodes: list[Node]) -> tuple[Value, ...]:
+    """The values that the inside of a kept call reads and that no kept node makes."""
+    read = {name for node in nodes for inner in node.inside for name in inner.reads}
+    kept = {node.name for node in nodes}
+    return tuple(value for node in lifted if node.name not in kept for value in node.outputs if value.name in read)
 
 
 def _inner(node: Node) -> list[Value]:

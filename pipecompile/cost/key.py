@@ -25,7 +25,7 @@ POSITIONS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx", "ind
 
 def specs(graph: Graph) -> dict[str, Spec]:
     """The spec of every value, those inside of calls included."""
-    found = {value.name: value.spec for value in graph.inputs}
+    found = {value.name: value.spec for value in (*graph.inputs, *graph.dropped)}
     for node in graph.nodes:
         found |= {value.name: value.spec for part in (*node.inside, node) for value in part.outputs}
     return found

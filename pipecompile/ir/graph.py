@@ -125,7 +125,8 @@ class Graph:
     """A traced model: ``inputs`` are the batch's tensors, ``loss`` (and ``weight``, may be empty) name its results.
 
     ``replicated`` are nodes that every reading stage computes for itself; ``together`` are sets of nodes that no cut
-    may separate. Both name nodes and are empty before lifting.
+    may separate. Both name nodes and are empty before lifting. ``dropped`` are values that no node makes any more: the
+    inside of a call was traced with them, though eager mode passes None.
     """
 
     inputs: tuple[Value, ...]
@@ -139,6 +140,7 @@ class Graph:
     together: tuple[tuple[str, ...], ...] = ()
     order: tuple[tuple[str, str], ...] = ()
     opened: tuple[str, ...] = ()
+    dropped: tuple[Value, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
