@@ -17,7 +17,8 @@ from pipecompile.passes.verify import verify
 from pipecompile.simulate import Link, compute_spans, simulate
 from pipecompile.timeline import computations, draw
 
-PER_RANK = {"interleaved-1f1b": 2, "looped-bfs": 2}
+PER_RANK = {"interleaved-1f1b": 2, "looped-bfs": 2, "zb-v": 2, "v-half": 2, "v-min": 2, "dualpipe-v": 2}
+LEAST = {"dualpipe-v": 2}  # microbatches for each rank
 DRAWN = {
     "gpipe": Shape(3, 3, 4),
     "1f1b": Shape(3, 3, 4),
@@ -26,9 +27,13 @@ DRAWN = {
     "looped-bfs": Shape(4, 2, 3),
     "zb-h1": Shape(3, 3, 6),
     "zb-h2": Shape(3, 3, 6),
+    "zb-v": Shape(4, 2, 5),
+    "v-half": Shape(8, 4, 4),
+    "v-min": Shape(8, 4, 4),
+    "dualpipe-v": Shape(4, 2, 5),
 }
 RANKS = (2, 4, 8, 16)
-SIZES = [(p, m) for p in RANKS for m in range(1, 4 * p + 1)]
+SIZES = [(p, m) for p in RANKS for m in range(1, 4 * p + 1) if p < 16 or m in (1, 7, 15, 16, 17, 31, 32, 33, 50, 64)]
 
 
 def shape_for(name: str, ranks: int, microbatches: int) -> Shape:
@@ -76,7 +81,7 @@ def test_text(name, golden):
 @pytest.mark.parametrize("name", schedule_names())
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_shape_is_safe(name, ranks):
-    for microbatches in range(1, 2 * ranks + 3):
+    for microbatches in range(LEAST.get(name, 0) * ranks + 1, 2 * ranks + 3):
         partition = chain(shape_for(name, ranks, microbatches).stages)
         verify(communicate(make_timetable(name, shape_for(name, ranks, microbatches)), partition), partition)
 
@@ -130,6 +135,55 @@ def test_zero_bubble_closed_forms(forward, inputs, weights):
             assert max(peak_activations(row) for row in timetable.rows) == k
             if name == "zb-h1" and m >= p:
                 assert bubble == (p - 1) * (forward + inputs - weights)
+
+
+def test_zb_v_closed_forms():
+    for p, m in SIZES:
+        if m >= 2 * p - 1:
+            timetable = make_timetable("zb-v", Shape(2 * p, p, m))
+            assert gap(timetable, 2, 2, 2) == 0
+            assert max(idle(timetable, 2, 2, 2)) == p - 1
+            assert {peak_activations(row) for row in timetable.rows} == {2 * p}
+
+
+@pytest.mark.parametrize(("p", "m"), [(p, m) for p in (2, 4, 8, 16) for m in (1, p, 2 * p + 1, 4 * p)])
+def test_v_half_and_v_min_closed_forms(p, m):
+    """Activations exactly as the paper says once the pipeline is full; idle time at most about 1/2 and 2/3 of 1F1B's."""
+    for name, held, share in (("v-half", p + 2, 1 / 2), ("v-min", 2 * ((p + 4) // 3), 2 / 3)):
+        timetable = make_timetable(name, Shape(2 * p, p, m))
+        assert max(peak_activations(row) for row in timetable.rows) == min(held, 2 * m)
+        if m >= p:
+            assert max(idle(timetable, 2, 2, 2)) <= share * (p - 1) * 6
+        if name == "v-min" and p > 2:
+            assert max(idle(timetable, 2, 2, 2)) == 4 * p - 5
+
+
+def test_zb_v_with_few_microbatches_beats_the_drawn_order():
+    timetable = make_timetable("zb-v", Shape(8, 4, 4))
+    assert max(idle(timetable, 2, 2, 2)) == 3
+    assert max(peak_activations(row) for row in timetable.rows) <= 8
+
+
+@pytest.mark.parametrize("name", ["zb-v", "v-half", "v-min"])
+def test_v_schedules_adapt_to_costs(name):
+    """Stages of unequal cost: never slower than the order made for equal ones."""
+    costs = [StageCost(1 + s % 3 / 4, 1.9 + s % 2 / 3, 0.8) for s in range(8)]
+    shape = Shape(8, 4, 12)
+    adapted, blind = make_timetable(name, shape, costs), make_timetable(name, shape)
+    times = [compute_spans(t.rows, Routes.of(chain(8)), costs) for t in (adapted, blind)]
+    ends = [max(end for _, end in spans.values()) for spans in times]
+    assert ends[0] <= ends[1] if name == "v-min" else ends[0] < ends[1]
+    held = {"zb-v": 8, "v-half": 6, "v-min": 4}[name]
+    assert max(peak_activations(row) for row in adapted.rows) <= held
+
+
+def test_dualpipe_v_closed_forms():
+    for p, m in SIZES:
+        if m >= 2 * p:
+            timetable = make_timetable("dualpipe-v", Shape(2 * p, p, m))
+            assert {peak_activations(row) for row in timetable.rows} == {2 * p + 1}
+            for f, i, w in ((2, 2, 2), (6, 6, 4)):
+                assert gap(timetable, f, i, w) == (p - 1) * (f + i - w) / 2
 
 
 PAPER = [  # ranks, microbatches, F, I, W, message in ms; bubble rates of 1F1B, ZB-H1, ZB-H2 (arXiv 2401.10241)

@@ -1,6 +1,6 @@
 """The schedules: alternatives for the order in which each rank computes, found by name in the files of this folder.
 
-A schedule is a pure function from a Shape (and costs, where it adapts to them) to one row of compute instructions
+A schedule is a pure function from a Shape (and a Setting, where it adapts to costs) to one row of compute instructions
 for each rank. A file that holds ``@schedule("name")`` over such a function is enough to add one.
 """
 
@@ -9,22 +9,41 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pipecompile.errors import ScheduleError
-from pipecompile.ir import Instruction, Shape, StageCost, Timetable
+from pipecompile.ir import Instruction, Partition, Shape, StageCost, Timetable
+from pipecompile.memory import ADAM
+from pipecompile.passes.communicate import chain
+from pipecompile.simulate import Link
 
 Rows = tuple[tuple[Instruction, ...], ...]
-Order = Callable[[Shape, tuple[StageCost, ...]], Rows]
-Placement = Callable[[Shape], tuple[int, ...]]
 
-EQUAL = StageCost(forward_ms=1.0, backward_ms=2.0, weight_ms=1.0, saved_bytes=1)
-"""What a stage costs if nothing else is said: forward, input gradient and weight gradient take the same time."""
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a schedule may adapt to: each stage's costs and messages, the links, and each rank's bytes (none: no limit)."""
+
+    partition: Partition
+    link: Link = field(default_factory=Link)
+    limits: tuple[int, ...] = ()
+    optimizer_factor: float = ADAM
+
+    @property
+    def costs(self) -> tuple[StageCost, ...]:
+        return self.partition.costs
+
+
+Order = Callable[[Shape, Setting], Rows]
+Placement = Callable[[Shape], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A named schedule: how it orders, where it places stages, how many stages a rank it is made for (0: any)."""
+    """A named schedule: how it orders, where it places stages, how many stages a rank it is made for (0: any).
+
+    ``instead`` names a schedule for the shapes that ``per_rank`` refuses.
+    """
 
     name: str
     order: Order
@@ -43,11 +62,11 @@ def loop(shape: Shape) -> tuple[int, ...]:
 
 def vee(shape: Shape) -> tuple[int, ...]:
     """Two stages a rank, down and up again: rank r holds stages r and 2R-1-r."""
-    return tuple(min(s, 2 * shape.ranks - 1 - s) % shape.ranks for s in range(shape.stages))
+    return tuple(min(s, 2 * shape.ranks - 1 - s) for s in range(shape.stages))
 
 
 def schedule(name: str, placement: Placement = loop, per_rank: int = 0, instead: str = "") -> Callable[[Order], Order]:
-    """Register a function as the schedule ``name``; ``instead`` names one for shapes that ``per_rank`` refuses."""
+    """Register a function as the schedule ``name``."""
 
     def register(order: Order) -> Order:
         _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead)
@@ -75,22 +94,38 @@ def find_schedule(name: str) -> Schedule:
     return found
 
 
-def make_timetable(name: str, shape: Shape, costs: Sequence[StageCost] | None = None) -> Timetable:
+def make_timetable(
+    name: str,
+    shape: Shape,
+    costs: Sequence[StageCost] | None = None,
+    partition: Partition | None = None,
+    link: Link | None = None,
+    limits: Sequence[int] = (),
+    optimizer_factor: float = ADAM,
+) -> Timetable:
     """The compute order of schedule ``name``; the timetable's shape carries the placement that the schedule uses.
 
-    ``costs`` are one StageCost for each stage; schedules that do not adapt ignore them.
+    Schedules that adapt use the costs of each stage (or a whole partition, which has them), the link, and the bytes
+    that each rank has; the others ignore them.
     """
+    known = partition or chain(len(costs) if costs is not None else shape.stages, costs)
+    if known.stages != shape.stages:
+        raise ScheduleError(f"{known.stages} stage costs for {shape.stages} stages; give one for each stage")
+    if limits and len(limits) != shape.ranks:
+        raise ScheduleError(f"{len(limits)} memory limits for {shape.ranks} ranks; give one for each rank")
     found = find_schedule(name)
+    return timetable_of(found, shape, Setting(known, link or Link(), tuple(limits), optimizer_factor))
+
+
+def timetable_of(found: Schedule, shape: Shape, setting: Setting) -> Timetable:
+    """What ``found`` makes of a shape that it allows; ScheduleError says why not and what would do."""
     each = shape.stages // shape.ranks
     if found.per_rank and each != found.per_rank:
         other = f", or use --schedule {found.instead}" if found.instead else ""
         raise ScheduleError(
-            f"{name} runs {found.per_rank} stage{'s'[: found.per_rank - 1]} on each rank, "
+            f"{found.name} runs {found.per_rank} stage{'s'[: found.per_rank - 1]} on each rank, "
             f"not {shape.stages} stages on {shape.ranks} ranks; "
             f"use --stages {shape.ranks * found.per_rank} --ranks {shape.ranks}{other}"
         )
-    known = tuple(costs) if costs is not None else (EQUAL,) * shape.stages
-    if len(known) != shape.stages:
-        raise ScheduleError(f"{len(known)} stage costs for {shape.stages} stages; give one for each stage")
     placed = replace(shape, placement=found.placement(shape))
-    return Timetable(name, placed, found.order(placed, known))
+    return Timetable(found.name, placed, found.order(placed, setting))

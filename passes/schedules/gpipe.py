@@ -11,13 +11,13 @@ p ranks, m microbatches: idle (p-1)(F+B) on each rank, m activations in flight.
 
 from __future__ import annotations
 
-from pipecompile.ir import Shape, StageCost
-from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.ir import Shape
+from pipecompile.passes.schedules import Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
 
 @schedule("gpipe", per_rank=1, instead="looped-bfs")
-def gpipe(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+def gpipe(shape: Shape, setting: Setting) -> Rows:
     microbatches = range(shape.microbatches)
     return tuple(
         tuple([forward(stage, m) for m in microbatches] + [backward(stage, m) for m in microbatches])

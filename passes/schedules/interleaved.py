@@ -16,8 +16,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 from pipecompile.errors import ScheduleError
-from pipecompile.ir import Instruction, Shape, StageCost
-from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.ir import Instruction, Shape
+from pipecompile.passes.schedules import Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
 
@@ -44,7 +44,7 @@ def _row(shape: Shape, rank: int) -> tuple[Instruction, ...]:
 
 
 @schedule("interleaved-1f1b")
-def interleaved_1f1b(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+def interleaved_1f1b(shape: Shape, setting: Setting) -> Rows:
     if shape.stages == shape.ranks:
         raise ScheduleError(
             f"interleaved-1f1b needs at least two stages on each rank, not {shape.stages} stages on {shape.ranks} "

@@ -12,13 +12,13 @@ reduced, once for all of them.
 
 from __future__ import annotations
 
-from pipecompile.ir import Shape, StageCost
-from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.ir import Shape
+from pipecompile.passes.schedules import Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
 
 @schedule("looped-bfs")
-def looped_bfs(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+def looped_bfs(shape: Shape, setting: Setting) -> Rows:
     rows = []
     for rank in range(shape.ranks):
         stages = shape.stages_of(rank)

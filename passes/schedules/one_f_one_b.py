@@ -11,8 +11,8 @@ p ranks, m microbatches: idle (p-1)(F+B) on each rank, as GPipe, but min(m, p-r)
 
 from __future__ import annotations
 
-from pipecompile.ir import Instruction, Shape, StageCost
-from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.ir import Instruction, Shape
+from pipecompile.passes.schedules import Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
 
@@ -27,5 +27,5 @@ def alternate(stage: int, microbatches: int, warm_up: int) -> tuple[Instruction,
 
 
 @schedule("1f1b", per_rank=1, instead="interleaved-1f1b")
-def one_f_one_b(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+def one_f_one_b(shape: Shape, setting: Setting) -> Rows:
     return tuple(alternate(stage, shape.microbatches, shape.stages - stage) for stage in range(shape.stages))

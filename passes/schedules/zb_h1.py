@@ -13,8 +13,8 @@ p ranks, m microbatches, k = min(m, p), W <= I: from its first to its last compu
 
 from __future__ import annotations
 
-from pipecompile.ir import Instruction, Shape, StageCost
-from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.ir import Instruction, Shape
+from pipecompile.passes.schedules import Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward_input, backward_weight, forward
 
 
@@ -32,6 +32,6 @@ def lagging(stage: int, microbatches: int, warm_up: int, lag: int) -> tuple[Inst
 
 
 @schedule("zb-h1", per_rank=1, instead="zb-v")
-def zb_h1(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+def zb_h1(shape: Shape, setting: Setting) -> Rows:
     p = shape.ranks
     return tuple(lagging(r, shape.microbatches, warm_up=p - r, lag=r) for r in range(p))

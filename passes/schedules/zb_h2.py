@@ -14,12 +14,12 @@ and end one after the other, so the next step has to begin before the last rank 
 
 from __future__ import annotations
 
-from pipecompile.ir import Shape, StageCost
-from pipecompile.passes.schedules import Rows, schedule
+from pipecompile.ir import Shape
+from pipecompile.passes.schedules import Rows, Setting, schedule
 from pipecompile.passes.schedules.zb_h1 import lagging
 
 
 @schedule("zb-h2", per_rank=1, instead="zb-v")
-def zb_h2(shape: Shape, costs: tuple[StageCost, ...]) -> Rows:
+def zb_h2(shape: Shape, setting: Setting) -> Rows:
     p = shape.ranks
     return tuple(lagging(r, shape.microbatches, warm_up=2 * (p - r) - 1, lag=2 * r) for r in range(p))
