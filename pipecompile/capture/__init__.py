@@ -20,13 +20,15 @@ from torch.export import ExportedProgram, export
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
+from pipecompile.capture.blocks import Blocks, NeedsFullTrace
 from pipecompile.capture.eager import Observation, observe, untouched
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values
 from pipecompile.capture.reader import Reader, dtype_name, input_path
+from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.step import Loss, Step, default_loss
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.errors import CaptureError, PipecompileError
-from pipecompile.ir import Attribute, AttributeInfo, Call, Graph, Ref, Spec, Value
+from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
 
 __all__ = ["Loss", "Step", "capture", "default_loss", "untouched"]
 
@@ -44,15 +46,36 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     notes = _disable_cache(model)
     step = Step(model, loss)
     seen = _observe(step, model, _copy(batch))
+    hidden = _matching(model, opaque)
+    try:
+        return _trace(step, model, batch, seen, hidden, notes, repeats=True)
+    except NeedsFullTrace:
+        return _trace(step, model, batch, seen, hidden, notes, repeats=False)
+
+
+def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
+    """FQNs of the modules that the patterns name; CaptureError for a pattern that names none."""
+    fqns = [fqn for fqn, _ in model.named_modules() if fqn]
+    for pattern in patterns:
+        if not any(fnmatchcase(fqn, pattern) for fqn in fqns):
+            raise CaptureError(
+                f"opaque={pattern!r} names no module of {type(model).__name__}; modules are {_some(fqns)}"
+            )
+    return frozenset(fqn for fqn in fqns if any(fnmatchcase(fqn, pattern) for pattern in patterns))
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}" or "none"
+
+
+def _trace(
+    step: Step, model: nn.Module, batch: Any, seen: Observation, opaque: frozenset[str], notes: list[str], repeats: bool
+) -> Graph:
     recorder = Recorder(mark=True)
-    program = _export(step, model, _copy(batch), recorder)
-    graph = _read(program, model, batch, recorder, seen, notes)
-    return replace(graph, calls=tuple(_kept_whole(call, opaque) for call in graph.calls)) if opaque else graph
-
-
-def _kept_whole(call: Call, opaque: tuple[str, ...]) -> Call:
-    wanted = any(fnmatchcase(call.fqn, pattern) for pattern in opaque)
-    return replace(call, keep_whole="it is opaque") if wanted and not call.keep_whole else call
+    blocks = Blocks(recorder, seen.calls, opaque, repeats)
+    with blocks.passed_over(model, seen.changed_buffers):
+        program = _export(step, model, _copy(batch), recorder)
+    return _read(program, model, batch, recorder, seen, notes)
 
 
 def _copy(batch: Any) -> Any:
@@ -122,6 +145,7 @@ def _read(
     reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers))
     arguments, inputs, constants = _arguments(program, batch, attributes)
     outputs = reader.read(program.graph_module, arguments)
+    check_templates(reader)
     nodes, calls = reader.finished()
     loss, weight = outputs[0], outputs[1] if len(outputs) > 1 else None
     if not isinstance(loss, Ref) or loss.name not in reader.gradient:

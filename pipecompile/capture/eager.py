@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
+from torch.utils import _pytree as pytree
 
 from pipecompile.capture.structure import Tensor, Unrenderable, rebuild, tensors
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
@@ -32,9 +33,14 @@ class Observation:
 def skeleton(whole: Any) -> Any:
     """The structure with a mark in place of each tensor, or the reason why it cannot be written down."""
     try:
-        return rebuild(whole, lambda leaf: Tensor() if isinstance(leaf, torch.Tensor) else leaf)
+        return rebuild(whole, lambda leaf: Tensor.of(leaf) if isinstance(leaf, torch.Tensor) else leaf)
     except Unrenderable as reason:
         return reason
+
+
+def outline(whole: Any) -> Any:
+    """The result with a mark in place of each tensor, its containers as they are."""
+    return pytree.tree_map(lambda leaf: Tensor.of(leaf) if isinstance(leaf, torch.Tensor) else leaf, whole)
 
 
 @contextmanager
@@ -58,7 +64,7 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
     """Run ``step(batch)`` once in eager mode with gradients on and note what the traced graph will not show."""
     seen: set[Any] = set()
     reasons: dict[str, str] = {}
-    recorder = Recorder(mark=False, keep=skeleton)
+    recorder = Recorder(mark=False, keep=skeleton, keep_result=outline)
 
     def note(reason: str) -> None:
         if call := recorder.innermost:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from pipecompile.capture.blocks import OPAQUE
+from pipecompile.capture.repeat import repeat
 from pipecompile.capture.structure import Unrenderable, leaves, merge, rebuild, tensors
 from pipecompile.capture.tracepoints import MARK, Recorder, Tracepoint
 from pipecompile.errors import CaptureError
@@ -45,6 +47,7 @@ class Reader:
     whole: dict[int, str] = field(default_factory=dict)
     stack: list[int] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    marked: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
 
     def read(self, graph_module: fx.GraphModule, arguments: list[Any], context: tuple[str, ...] = ()) -> list[Any]:
         """Append the graph's operations; ``arguments`` stand for its placeholders. Returns what stands for its outputs."""
@@ -77,6 +80,8 @@ class Reader:
             return self._mark(args[0], args[1], context)
         if node.target is operator.getitem:
             return args[0][args[1]]
+        if node.target is OPAQUE:
+            return self._opaque(node, args, context)
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._region(node, args, context)
         if node.target._opname.startswith(("_assert", "sym_constrain")):
@@ -84,6 +89,14 @@ class Reader:
         if self._is_identity(node, args):
             return args[0]
         return self._append(node, args, kwargs, context)
+
+    def _opaque(self, node: fx.Node, args: list[Any], context: tuple[str, ...]) -> Any:
+        """A call that was passed over: an opaque module stays one operation, a repeated block gets its template's."""
+        index = args[1]
+        if self.recorder.calls[index].template >= 0:
+            return repeat(self, index, args[0])
+        self.whole[index] = "it is opaque"
+        return self._append(node, [args[0]], {}, context)
 
     def _region(self, node: fx.Node, args: list[Any], context: tuple[str, ...]) -> Any:
         name = str(getattr(node.target, "__name__", node.target))
@@ -135,7 +148,7 @@ class Reader:
         target = str(node.target)
         self.nodes.append(
             Node(
-                name=node.name if node.name not in self.names else f"{node.name}_{len(self.nodes)}",
+                name=self.unused(node.name),
                 kind="op",
                 target=target,
                 args=tuple(args),
@@ -152,8 +165,13 @@ class Reader:
                 position=len(self.nodes),
             )
         )
-        self.names.add(self.nodes[-1].name)
         return result
+
+    def unused(self, name: str) -> str:
+        """A node name that no other node has."""
+        found = name if name not in self.names else f"{name}_{len(self.nodes)}"
+        self.names.add(found)
+        return found
 
     def _written(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, ...]:
         """Storages' values and buffers that the operation changes in place."""
@@ -176,7 +194,7 @@ class Reader:
     def _outputs(
         self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]
     ) -> tuple[Value, ...]:
-        carries = self._carries_gradient(node, args, kwargs, context)
+        carries = self.carries_gradient(str(node.target), args, kwargs, context)
         root = self._shared_storage(node, args, kwargs)
         outputs = []
         for path, tensor in tensors(node.meta.get("val")):
@@ -194,13 +212,12 @@ class Reader:
             outputs.append(Value(name, spec, path, root))
         return tuple(outputs)
 
-    def _carries_gradient(
-        self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]
-    ) -> bool:
+    def carries_gradient(self, target: str, args: Any, kwargs: Mapping[str, Any], context: tuple[str, ...]) -> bool:
+        """Whether an operation's differentiable results need a gradient."""
         modes = [tag for tag in context if tag in ("torch.no_grad()", "torch.enable_grad()")]
         if modes and modes[-1] == "torch.no_grad()":
             return False
-        name = str(getattr(node.target, "_opname", node.target))
+        name = target.split(".")[1] if target.count(".") > 1 else target
         if any(name.startswith(part) or name.endswith(part) for part in NO_GRADIENT):
             return False
         return any(
@@ -228,6 +245,7 @@ class Reader:
     def _mark(self, marked: list[Any], event: int, context: tuple[str, ...]) -> None:
         index, entering = self.recorder.events[event]
         seen = self.recorder.calls[index]
+        self.marked[index, entering] = marked
         if entering:
             self.calls[index] = self._begin(seen, marked, context)
             self.stack.append(index)

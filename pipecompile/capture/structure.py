@@ -63,8 +63,20 @@ def rebuild(whole: Any, leaf: Callable[[Any], Any]) -> Any:
     raise Unrenderable(f"an argument of type {type(whole).__module__}.{type(whole).__qualname__}")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """Stands for a tensor in arguments of which only the constants matter."""
+    """Stands for a tensor in remembered arguments and results; ``dtype`` and ``device`` by their names."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    device: str
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Tensor:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        stride = tensor.stride() if tensor.layout == torch.strided else ()
+        return Tensor(tuple(tensor.shape), stride, dtype, str(tensor.device))
 
 
 def merge(traced: Any, eager: Any) -> Any:

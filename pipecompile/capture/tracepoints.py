@@ -32,7 +32,10 @@ torch.fx.node.has_side_effect(MARK)
 
 @dataclass(slots=True)
 class Tracepoint:
-    """One call of a module as it was seen: its arguments, its result, and what happened inside."""
+    """One call of a module as it was seen: its arguments, its result, and the calls inside (up to ``end``).
+
+    A call that repeats another one has that one as its ``template``, and ``clones`` of the calls inside of it.
+    """
 
     key: str
     fqn: str
@@ -40,19 +43,22 @@ class Tracepoint:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any = None
-    ended: bool = False
-    keep_whole: str = ""
+    end: int = 0
+    template: int = -1
+    clones: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class Recorder:
-    """Records the calls of a model's modules; ``keep`` turns what they are given into what is remembered.
+    """Records the calls of a model's modules; ``keep`` and ``keep_result`` turn what they are given
+    and what they return into what is remembered.
 
     With ``mark``, it also leaves markers in the graph that is being traced.
     """
 
     mark: bool
     keep: Callable[[Any], Any] = lambda whole: whole
+    keep_result: Callable[[Any], Any] = lambda whole: whole
     calls: list[Tracepoint] = field(default_factory=list)
     events: list[tuple[int, bool]] = field(default_factory=list)
     stack: list[int] = field(default_factory=list)
@@ -71,6 +77,22 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def repeat(self, index: int, template: int) -> None:
+        """Note that call ``index`` is like call ``template``, the calls inside included."""
+        call, first = self.calls[index], self.calls[template]
+        call.template = template
+        place = {template: index}
+        for inner in range(template + 1, first.end):
+            seen = self.calls[inner]
+            fqn = call.fqn + seen.fqn.removeprefix(first.fqn)
+            place[inner] = len(self.calls)
+            self.calls.append(Tracepoint(f"{fqn}@{self.counts[fqn]}", fqn, place[seen.parent], (), {}))
+            self.counts[fqn] += 1
+        for inner in range(template + 1, first.end):
+            clone = self.calls[place[inner]]
+            clone.end = max((place[i] + 1 for i in range(inner + 1, self.calls[inner].end)), default=place[inner] + 1)
+        call.clones = tuple(place[inner] for inner in range(template + 1, first.end))
 
     @property
     def innermost(self) -> Tracepoint | None:
@@ -96,7 +118,7 @@ class Recorder:
     def _leave(self) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             call = self.calls[self.stack[-1]]
-            call.result, call.ended = self.keep(result), True
+            call.result, call.end = self.keep_result(result), len(self.calls)
             if self.on_exit:
                 self.on_exit(call, result)
             self._event(result, entering=False)

@@ -1,0 +1,198 @@
+"""Blocks that need not be traced: those seen before, and those that the user calls opaque.
+
+A model repeats one block many times. The first is traced; each later one of the same class, configuration and
+arguments is passed over as one opaque operation with the results that eager mode gave, and the reader puts the first
+one's operations there under the block's own names. An opaque module is passed over as well, and stays one operation.
+
+    trace   embed  layers.0{ norm attn mlp }  layers.1[opaque]  layers.2[opaque]  head
+    graph   embed  layers.0{ norm attn mlp }  layers.1{ … }     layers.2{ … }     head
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pipecompile.capture.structure import PLAIN, Tensor, Unrenderable, rebuild, tensors
+from pipecompile.capture.tracepoints import Recorder, Tracepoint
+from pipecompile.errors import CaptureError
+
+torch.library.define("pipecompile::opaque", "(Tensor[] tensors, int call, str results) -> Tensor[]")
+OPAQUE = torch.ops.pipecompile.opaque.default
+torch.fx.node.has_side_effect(OPAQUE)
+
+
+def _make_results(given: list[torch.Tensor], call: int, results: str) -> list[torch.Tensor]:
+    """Tensors of the shapes that ``results`` tells, as JSON: [shape, stride, dtype, device] of each."""
+    return [
+        torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=device)
+        for shape, stride, dtype, device in json.loads(results)
+    ]
+
+
+torch.library.impl("pipecompile::opaque", "CompositeExplicitAutograd", _make_results)
+torch.library.register_fake("pipecompile::opaque", _make_results)
+
+
+class NeedsFullTrace(Exception):
+    """A block that was passed over touches what is outside of it, so that every block must be traced."""
+
+
+@dataclass(slots=True)
+class Blocks:
+    """Passes over blocks while a model is traced. ``eager`` are the calls that eager mode made, ``opaque`` FQNs."""
+
+    recorder: Recorder
+    eager: Mapping[str, Tracepoint]
+    opaque: frozenset[str]
+    repeats: bool
+    templates: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def passed_over(self, model: nn.Module, changed_buffers: tuple[str, ...]) -> Iterator[None]:
+        """While this lasts, opaque modules and repeated blocks of ``model`` give results without running."""
+        structures = repeated(model, changed_buffers) if self.repeats else {}
+        modules = dict(model.named_modules())
+        instead = {fqn: self._pass_over(modules[fqn], fqn) for fqn in modules if fqn in self.opaque}
+        for fqn, structure in structures.items():
+            instead.setdefault(fqn, self._pass_over_repeats(modules[fqn], fqn, structure))
+        saved = {fqn: modules[fqn].__dict__.get("forward") for fqn in instead}
+        for fqn, forward in instead.items():
+            modules[fqn].__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            for fqn, forward in saved.items():
+                if forward is None:
+                    del modules[fqn].__dict__["forward"]
+                else:
+                    modules[fqn].__dict__["forward"] = forward
+
+    def _pass_over(self, module: nn.Module, fqn: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = self.recorder.calls[self.recorder.stack[-1]]
+            seen = self.eager.get(call.key)
+            if seen is None or not _complete(seen.result):
+                raise CaptureError(
+                    f"the opaque module {fqn} returns something besides tensors, numbers and containers of them, or is "
+                    "called otherwise than in eager mode; let it return a tensor, a tuple or a dict"
+                )
+            given = [tensor for _, tensor in tensors((args, kwargs))]
+            return _results(seen, [*given, *module.parameters(), *module.buffers()], self.recorder.stack[-1])
+
+        return forward
+
+    def _pass_over_repeats(self, module: nn.Module, fqn: str, structure: str) -> Callable[..., Any]:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            index = self.recorder.stack[-1]
+            call = self.recorder.calls[index]
+            seen = self.eager.get(call.key)
+            shape = _argument_key(args, kwargs)
+            if call.fqn != fqn or seen is None or not shape or not _complete(seen.result):
+                return original(*args, **kwargs)
+            template = self.templates.setdefault(f"{structure} {shape} {_mode()}", index)
+            if template == index:
+                return original(*args, **kwargs)
+            self.recorder.repeat(index, template)
+            return _results(seen, [tensor for _, tensor in tensors((args, kwargs))], index)
+
+        return forward
+
+
+def _results(seen: Tracepoint, given: list[torch.Tensor], index: int) -> Any:
+    """What eager mode returned, its tensors made by the opaque operation."""
+    flat, spec = pytree.tree_flatten(seen.result)
+    told = [[list(t.shape), list(t.stride), t.dtype, t.device] for t in flat if isinstance(t, Tensor)]
+    made = iter(OPAQUE(given, index, json.dumps(told)))
+    return pytree.tree_unflatten([next(made) if isinstance(leaf, Tensor) else leaf for leaf in flat], spec)
+
+
+def _complete(result: Any) -> bool:
+    """Whether a remembered result can be made again: tensors and plain constants only."""
+    return result is not None and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in pytree.tree_leaves(result))
+
+
+def _mode() -> str:
+    return f"{torch.is_grad_enabled()} {torch.is_autocast_enabled('cpu')} {torch.is_autocast_enabled('cuda')}"
+
+
+def _argument_key(args: Any, kwargs: Any) -> str:
+    """What must be equal for two calls to trace alike, empty if that cannot be told."""
+    order: dict[int, int] = {}
+
+    def leaf(whole: Any) -> Any:
+        if isinstance(whole, torch.Tensor):
+            same = order.setdefault(id(whole), len(order))
+            return f"{tuple(whole.shape)} {whole.stride()} {whole.dtype} {whole.device} {same}"
+        return whole
+
+    try:
+        return repr(rebuild((args, kwargs), leaf))
+    except Unrenderable:
+        return ""
+
+
+def repeated(model: nn.Module, changed_buffers: tuple[str, ...]) -> dict[str, str]:
+    """The structure of each module that has children and a twin elsewhere, by FQN.
+
+    Modules with hooks of their own, with buffers that the step changes, or that share parameters with the outside are
+    left out.
+    """
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    found: dict[str, list[str]] = {}
+    for fqn, module in model.named_modules():
+        if not fqn or not any(True for _ in module.children()):
+            continue
+        prefix = f"{fqn}."
+        tied = any(len(names) > 1 for p in module.parameters() if (names := owners[id(p)]))
+        if (
+            tied
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or any(b.startswith(prefix) for b in changed_buffers)
+        ):
+            continue
+        found.setdefault(_structure(module, fqn), []).append(fqn)
+    return {fqn: structure for structure, fqns in found.items() if len(fqns) > 1 for fqn in fqns}
+
+
+def _structure(module: nn.Module, fqn: str) -> str:
+    """Class, configuration, parameters and plain attributes of a module and everything below it.
+
+    Whole numbers equal to the block's own index (``layer_idx``) count as the same.
+    """
+    digits = [int(part) for part in fqn.split(".") if part.isdecimal()]
+    index = digits[-1] if digits else None
+    lines: list[object] = []
+    for name, part in module.named_modules():
+        lines += [name, f"{type(part).__module__}.{type(part).__qualname__}", part.training, part.extra_repr()]
+        lines += [len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks)] if name else []
+        for key, value in sorted(part.__dict__.items()):
+            if not key.startswith("_") and key != "training":
+                lines.append((key, _plain(value, index)))
+        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+            lines.append((key, None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)))
+    return repr(lines)
+
+
+def _plain(value: Any, index: int | None) -> str:
+    if type(value) is int and value == index:
+        return "its index"
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(_plain(part, None) for part in value)})"
+    if callable(value) and not isinstance(value, nn.Module):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{type(value).__qualname__} {id(value) if not hasattr(value, '__len__') else ''}"
