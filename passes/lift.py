@@ -8,6 +8,8 @@ Rules, referred to in comments below:
  R1  a call that must stay whole (custom autograd function, tensor hook, replaced buffer) is lifted or refused
  R2  what needs no gradient, draws nothing at random, reads no parameter and is cheap is computed by each reader: replicated
  R3  memory that is changed in place: its writers and later readers under older names stay in one stage
+ R4  a call that eager mode gives None where it was traced with a tensor (a mask) is not opened where it uses that tensor:
+     its inside is another computation, as a rule a slower one
 """
 
 from __future__ import annotations
@@ -61,8 +63,24 @@ def closed_calls(graph: Graph) -> set[str]:
 
 
 def openable(graph: Graph) -> dict[str, Call]:
-    """The calls that lifting makes nodes of and that have something inside to open, by key."""
-    return {call.key: call for call in graph.calls if call.last - call.first > 1 and not call.keep_whole}
+    """The calls that have something inside to open, and whose inside is what eager mode runs, by key (R4)."""
+    unlike = _unlike_eager(graph)
+    return {
+        call.key: call
+        for index, call in enumerate(graph.calls)
+        if call.last - call.first > 1 and not call.keep_whole and index not in unlike
+    }
+
+
+def _unlike_eager(graph: Graph) -> set[int]:
+    """Positions of the calls whose own operations read a tensor that eager mode does not pass them."""
+    closed = closed_calls(graph)
+    owner = [-1] * len(graph.nodes)
+    for index, call in enumerate(graph.calls):
+        if call.key in closed:
+            owner[call.first : call.last] = [index] * (call.last - call.first)
+    absent = [set(call.passed) - set(refs((call.args, call.kwargs))) for call in graph.calls]
+    return {index for index, node in zip(owner, graph.nodes) if index >= 0 and not absent[index].isdisjoint(node.reads)}
 
 
 def _lifted(graph: Graph, opened: frozenset[str], closed: set[str], cheap: frozenset[str]) -> Iterator[Node]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pipecompile.cost import Costed, NodeCost, cost_graph
 from pipecompile.errors import PartitionError
-from pipecompile.ir import CostGraph, Graph, Node, Partition
+from pipecompile.ir import Call, CostGraph, Graph, Node, Partition
 from pipecompile.passes.lift import lift, openable
 
 WORTH = 0.02
@@ -47,10 +47,11 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
         costed = cost_graph(lifted, price(lifted), name)
         return Split(lifted, costed, cut(costed.graph))
 
-    opened = _first_opening(graph, stages)
+    known = openable(graph)
+    opened = _first_opening(graph, stages, known)
     best = attempt(opened)
     gains: list[str] = []
-    while candidates := _candidates(best, stages):
+    while candidates := _candidates(best, stages, known):
         finer = attempt(opened | candidates)
         if finer.partition.bottleneck_ms > (1 - WORTH) * best.partition.bottleneck_ms:
             break
@@ -70,11 +71,10 @@ def _gain(before: Split, after: Split) -> str:
     return f"opening {', '.join(opened)} shortens the slowest stage by {shorter:.0%}"
 
 
-def _first_opening(graph: Graph, stages: int) -> frozenset[str]:
+def _first_opening(graph: Graph, stages: int, known: Mapping[str, Call]) -> frozenset[str]:
     """The calls that make more than a stage's fair share of the rough work, and more until there are enough nodes."""
     work = rough_work(graph)
     total = sum(work)
-    known = openable(graph)
     share = {key: sum(work[call.first : call.last]) for key, call in known.items()}
     opened = frozenset(key for key, part in share.items() if part > total / stages)
     while True:
@@ -91,13 +91,12 @@ def _first_opening(graph: Graph, stages: int) -> frozenset[str]:
         opened |= {max(closed, key=share.__getitem__)}
 
 
-def _candidates(split: Split, stages: int) -> frozenset[str]:
+def _candidates(split: Split, stages: int, known: Mapping[str, Call]) -> frozenset[str]:
     """Calls whose opening may pay: those next to a cut, and the largest of the slowest stage."""
     nodes = split.costed.graph.nodes
     fair = sum(node.forward_ms + node.backward_ms for node in nodes) / stages
     if split.partition.bottleneck_ms <= (1 + WORTH) * fair:
         return frozenset()
-    known = openable(split.graph)
     stage_of = split.stage_of
     found: set[str] = set()
     cost = {name: nodes[i].forward_ms + nodes[i].backward_ms for name, i in split.costed.cost_node.items()}
