@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden
+.PHONY: demo test check setup golden zoo
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -20,6 +20,9 @@ check:
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+zoo: setup
+	$(BIN)/python -m tests.zoo.harness
 
 golden: setup
 	$(BIN)/python -m pytest --update-golden
