@@ -14,9 +14,11 @@ Rules, referred to in comments below:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from pipecompile.capture.naming import rename_call, rename_node, rename_value, unique_names
 from pipecompile.errors import CaptureError
 from pipecompile.ir import AttributeInfo, Call, Graph, Node, Ref, Value
 from pipecompile.passes.replicate import replicable
@@ -33,7 +35,7 @@ def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
     nodes = _drop_dead(graph, lifted)
     replicated = frozenset(node.name for node in nodes if node.kind == "op" and node.name in cheap)
     together, order = storage_constraints(graph, nodes, replicated)
-    return replace(
+    found = replace(
         graph,
         nodes=tuple(nodes),
         replicated=replicated,
@@ -42,6 +44,40 @@ def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
         opened=tuple(call.key for call in graph.calls if call.key in opened),
         dropped=_dropped(lifted, nodes),
     )
+    return renumber(found)
+
+
+def renumber(graph: Graph) -> Graph:
+    """The graph with its values numbered anew, those that a reader of the stages meets first."""
+    inner = [value.name for node in graph.nodes for part in node.inside for value in part.outputs]
+    order = [value.name for value in graph.inputs] + [value.name for node in graph.nodes for value in node.outputs]
+    order = list(dict.fromkeys([*order, *(value.name for value in graph.dropped), *inner, *_mentioned(graph)]))
+    names = unique_names({name: re.sub(r"_\d+$", "", name) for name in order}, order)
+
+    def renamed(node: Node) -> Node:
+        return replace(rename_node(node, names), inside=tuple(rename_node(part, names) for part in node.inside))
+
+    return replace(
+        graph,
+        inputs=tuple(rename_value(value, names) for value in graph.inputs),
+        nodes=tuple(map(renamed, graph.nodes)),
+        dropped=tuple(rename_value(value, names) for value in graph.dropped),
+        calls=tuple(rename_call(call, names) for call in graph.calls),
+        loss=names[graph.loss],
+        weight=names.get(graph.weight, ""),
+    )
+
+
+def _mentioned(graph: Graph) -> Iterator[str]:
+    """Values that only dead operations make, but that calls were given or gave."""
+    for call in graph.calls:
+        yield from call.passed
+        yield from refs((call.args, dict(call.kwargs)))
+        yield from (name for _, name in call.results)
+    for node in graph.nodes:
+        for part in (node, *node.inside):
+            yield from part.reads
+            yield from part.writes
 
 
 def closed_calls(graph: Graph) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
@@ -25,6 +25,7 @@ from pipecompile.capture.eager import Observation, observe, untouched
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values
 from pipecompile.capture.reader import Reader, dtype_name, input_path
 from pipecompile.capture.repeat import check_templates
+from pipecompile.capture.shadow import Shadows
 from pipecompile.capture.step import Loss, Step, default_loss
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.errors import CaptureError, PipecompileError
@@ -94,8 +95,10 @@ def _disable_cache(model: nn.Module) -> list[str]:
 
 
 def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:
+    meta = any(parameter.is_meta for parameter in model.parameters())
     try:
-        return observe(step, model, batch)
+        with Shadows(batch) if meta else nullcontext():
+            return observe(step, model, batch)
     except PipecompileError:
         raise
     except Exception as error:

@@ -45,7 +45,7 @@ def rename_values(
     for node in nodes:
         for value in node.outputs:
             wanted.setdefault(value.name, node.target.split(".")[1] if node.target.count(".") > 1 else node.target)
-    return _unique(wanted, [value.name for value in inputs] + [v.name for node in nodes for v in node.outputs])
+    return unique_names(wanted, [value.name for value in inputs] + [v.name for node in nodes for v in node.outputs])
 
 
 def _arguments(call: Call, model: nn.Module) -> list[tuple[str, str]]:
@@ -65,7 +65,7 @@ def identifier(word: str) -> str:
     return f"{name}_" if name in RESERVED else name
 
 
-def _unique(wanted: Mapping[str, str], order: list[str]) -> dict[str, str]:
+def unique_names(wanted: Mapping[str, str], order: list[str]) -> dict[str, str]:
     totals = Counter(identifier(wanted[old]) for old in order)
     counts: Counter[str] = Counter()
     taken: set[str] = set()
