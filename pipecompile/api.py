@@ -15,7 +15,7 @@ from pipecompile.capture import Loss, untouched
 from pipecompile.compare import differences, gradients, gradients_aside, worst
 from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import compile_model
-from pipecompile.cost import NodeCost, measure, read_costs
+from pipecompile.cost import NodeCost, estimate, measure, read_costs
 from pipecompile.errors import VerificationError
 from pipecompile.ir import Graph
 from pipecompile.machine import Machine, find_machine, parse_bytes
@@ -81,8 +81,6 @@ def _price(
     if costs == "measure":
         return lambda graph: measure(graph, model, microbatch, progress=progress)
     if costs == "estimate":
-        from pipecompile.cost.estimate import estimate
-
         return lambda graph: estimate(graph, machine)
     return lambda graph: read_costs(costs, graph)
 
