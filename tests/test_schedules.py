@@ -78,7 +78,7 @@ def test_text(name, golden):
     golden(f"schedules/{name}.txt", f"{timetable}\n\n{program}")
 
 
-@pytest.mark.parametrize("name", schedule_names())
+@pytest.mark.parametrize("name", [name for name in schedule_names() if name != "auto"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_shape_is_safe(name, ranks):
     for microbatches in range(LEAST.get(name, 0) * ranks + 1, 2 * ranks + 3):

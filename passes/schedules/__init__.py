@@ -34,7 +34,9 @@ class Setting:
         return self.partition.costs
 
 
-Order = Callable[[Shape, Setting], Rows]
+Order = Callable[[Shape, Setting], Rows | Timetable]
+"""A schedule's function; one that chooses the placement itself gives a whole Timetable."""
+
 Placement = Callable[[Shape], tuple[int, ...]]
 
 
@@ -42,7 +44,8 @@ Placement = Callable[[Shape], tuple[int, ...]]
 class Schedule:
     """A named schedule: how it orders, where it places stages, how many stages a rank it is made for (0: any).
 
-    ``instead`` names a schedule for the shapes that ``per_rank`` refuses.
+    ``instead`` names a schedule for the shapes that ``per_rank`` refuses. ``flushes``: all microbatches see the same
+    weights, as accumulation on the unsplit model does.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Schedule:
     placement: Placement
     per_rank: int = 0
     instead: str = ""
+    flushes: bool = True
 
 
 _SCHEDULES: dict[str, Schedule] = {}
@@ -65,11 +69,13 @@ def vee(shape: Shape) -> tuple[int, ...]:
     return tuple(min(s, 2 * shape.ranks - 1 - s) for s in range(shape.stages))
 
 
-def schedule(name: str, placement: Placement = loop, per_rank: int = 0, instead: str = "") -> Callable[[Order], Order]:
+def schedule(
+    name: str, placement: Placement = loop, per_rank: int = 0, instead: str = "", flushes: bool = True
+) -> Callable[[Order], Order]:
     """Register a function as the schedule ``name``."""
 
     def register(order: Order) -> Order:
-        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead)
+        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead, flushes)
         return order
 
     return register
@@ -128,4 +134,5 @@ def timetable_of(found: Schedule, shape: Shape, setting: Setting) -> Timetable:
             f"use --stages {shape.ranks * found.per_rank} --ranks {shape.ranks}{other}"
         )
     placed = replace(shape, placement=found.placement(shape))
-    return Timetable(found.name, placed, found.order(placed, setting))
+    made = found.order(placed, setting)
+    return made if isinstance(made, Timetable) else Timetable(found.name, placed, made)
