@@ -87,17 +87,22 @@ def line(problem: Problem, order: list[int]) -> Line:
     )
 
 
-def _forbidden(problem: Problem, on: Line, s: int) -> npt.NDArray[np.bool_]:
-    """Which (i, j] cannot be stage s at any time limit: empty, leaving too few nodes, or too large for its rank."""
-    count = problem.nodes
-    bad = np.tri(count + 1, dtype=bool)
-    bad[:s, :] = True
-    bad[:, count - (problem.stages - 1 - s) + 1 :] = True
+def _stage_times(problem: Problem, on: Line, s: int) -> Table:
+    """The time of (i, j] as stage s; infinite where it is empty or too large for its share of the rank's memory."""
+    took = (on.load[None, :] - on.load[:, None]) / problem.speeds[s]
+    took[np.tri(problem.nodes + 1, dtype=bool)] = np.inf
     if problem.limits:
         rank = problem.limits.rank[s]
         room = problem.limits.memory[rank] / problem.limits.rank.count(rank)
-        bad |= on.held + problem.limits.in_flight[s] * (on.saved[None, :] - on.saved[:, None]) > room
-    return bad
+        held = on.held + problem.limits.in_flight[s] * (on.saved[None, :] - on.saved[:, None])
+        took[held > room] = np.inf
+    return took
+
+
+def _kind(problem: Problem, s: int) -> tuple[float, ...]:
+    """What tells one stage's table from another's."""
+    limits = problem.limits
+    return (problem.speeds[s], *((limits.rank[s], limits.in_flight[s]) if limits else ()))
 
 
 def _back(choices: list[npt.NDArray[np.int64]], end: int) -> list[int]:
@@ -111,8 +116,10 @@ def fastest(problem: Problem, on: Line) -> tuple[float, list[int]]:
     """The least time of the slowest stage over all splits of the order, and its boundaries; infinite if none fits."""
     best = np.where(np.arange(problem.nodes + 1) == 0, 0.0, np.inf)
     choices = []
+    kind: tuple[float, ...] = ()
     for s in range(problem.stages):
-        took = np.where(_forbidden(problem, on, s), np.inf, (on.load[None, :] - on.load[:, None]) / problem.speeds[s])
+        if kind != _kind(problem, s):
+            kind, took = _kind(problem, s), _stage_times(problem, on, s)
         through = np.maximum(best[:, None], took)
         choices.append(through.argmin(axis=0))
         best = through.min(axis=0)
@@ -123,11 +130,13 @@ def cheapest(problem: Problem, on: Line, cap: float) -> tuple[float, list[int]]:
     """The least bytes over all splits of the order whose stages take at most ``cap``, and the boundaries."""
     best = np.where(np.arange(problem.nodes + 1) == 0, 0.0, np.inf)
     choices = []
+    kind: tuple[float, ...] = ()
     for s in range(problem.stages):
-        took = (on.load[None, :] - on.load[:, None]) / problem.speeds[s]
-        bad = _forbidden(problem, on, s) | (took > cap * (1 + ROUNDING))
         into = problem.links[s - 1] if s else 1.0
-        through = best[:, None] + np.where(bad, np.inf, into * on.received)
+        if kind != (into, *_kind(problem, s)):
+            kind = (into, *_kind(problem, s))
+            cost = np.where(_stage_times(problem, on, s) > cap * (1 + ROUNDING), np.inf, into * on.received)
+        through = best[:, None] + cost
         choices.append(through.argmin(axis=0))
         best = through.min(axis=0)
     return float(best[-1]), _back(choices, problem.nodes)

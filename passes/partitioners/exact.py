@@ -1,4 +1,4 @@
-"""The proved optimum, by mixed-integer programming (HiGHS), from the partition that the min-cut search found.
+"""The proved optimum, by mixed-integer programming (HiGHS), from nothing or from the partition that a search found.
 
     1. the least time: minimise T, every node inside the window that the known T leaves it
     2. cap = (1 + tolerance) · T; neighbourhoods of the known partition (two, then three, then four stages in a row free)
@@ -9,74 +9,47 @@ Exponential in the worst case; what is known when the time limit comes is given,
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pipecompile.errors import MemoryLimitError
 from pipecompile.passes.partitioners import partitioner
+from pipecompile.passes.partitioners.clock import Clock
 from pipecompile.passes.partitioners.milp import Model
-from pipecompile.passes.partitioners.problem import Answer, Problem
+from pipecompile.passes.partitioners.problem import CLOSE, Answer, Problem, time_cap
 from pipecompile.passes.partitioners.windows import Windows, windows, within
 
-CLOSE = 1e-6
-"""A relative gap that counts as none."""
 SLACK = 1e-4
 """The solver is asked for no worse than what is known, with this much room: at the edge it would fight rounding."""
+WORTH = 0.004
+"""A smaller relative gap of the least time is not worth a large program."""
 SMALL = 1000
 """So many free columns are solved at once, without looking at neighbourhoods first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """A deadline."""
-
-    end: float
-
-    @staticmethod
-    def of(seconds: float) -> Clock:
-        return Clock(time.monotonic() + seconds)
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-
 @partitioner("exact")
 def exact(problem: Problem) -> Answer | None:
-    """The optimum, found and proved by the solver alone."""
-    return polish(problem, None)
-
-
-def polish(problem: Problem, start: Answer | None) -> Answer | None:
-    """The optimum, or the best found in the problem's time limit, from a known partition or from nothing.
-
-    MemoryLimitError says by how much memory is short where it is proved, or looks, too small for any partition.
-    """
+    """The optimum, found and proved by the solver alone, or the best found in the problem's time limit."""
     clock = Clock.of(problem.time_limit)
-    if start is None and problem.limits:
-        start = into_memory(problem, clock.left() / 2)
+    start = into_memory(problem, clock.left() / 2) if problem.limits else None
     quick = least_time(problem, start, clock.left() * 0.3)
     if quick is None:
         return None
     cap = time_cap(problem, quick)
-    known = [a.stage for a in (start, quick) if a is not None and problem.valid(a.stage, cap)]
-    best = min(known, key=problem.traffic)
     open_windows = windows(problem, cap)
-    if sum(open_windows[1]) - sum(open_windows[0]) > SMALL:
+    best = quick.stage
+    if columns(open_windows) > SMALL:
         best = neighbourhoods(problem, best, cap, open_windows, clock.left() * 0.6)
     best, bound = least_traffic(problem, best, cap, open_windows, clock.left())
     return Answer(best, quick.bound_ms, bound)
 
 
-def time_cap(problem: Problem, quick: Answer) -> float:
-    """The time that every stage may take: with a nearly closed gap, safe whatever the true optimum is."""
-    found, tolerance = max(problem.times(quick.stage)), 1 + problem.tolerance
-    if quick.bound_ms >= found * (1 - CLOSE):
-        return found * tolerance
-    return max(found, quick.bound_ms * tolerance) if quick.bound_ms >= 0.995 * found else found * tolerance
+def columns(open_windows: Windows) -> int:
+    """How many 0-1 columns the program has."""
+    return sum(open_windows[1]) - sum(open_windows[0])
 
 
 def into_memory(problem: Problem, seconds: float) -> Answer:
-    """Any partition that fits in the memory; MemoryLimitError where the least excess that is found is more than none."""
+    """Any partition that fits in the memory; MemoryLimitError says by how much the nearest that is found does not."""
     count, last = problem.nodes, problem.stages - 1
     model = Model(problem, [0] * count, [last] * count)
     model.memory(excess=True)
@@ -98,10 +71,13 @@ def into_memory(problem: Problem, seconds: float) -> Answer:
 def least_time(problem: Problem, start: Answer | None, seconds: float) -> Answer | None:
     """A partition of the least time of the slowest stage, and the bound that was proved."""
     known = max(problem.times(start.stage)) if start else float("inf")
-    floor = problem.least_time()
+    floor = max(problem.least_time(), start.bound_ms if start else 0.0)
     if start and known <= floor * (1 + CLOSE):
         return replace(start, bound_ms=known)
-    model = Model(problem, *windows(problem, known))
+    open_windows = windows(problem, known)
+    if start and known <= floor * (1 + WORTH) and columns(open_windows) > SMALL:
+        return start
+    model = Model(problem, *open_windows)
     model.memory()
     model.times(None)
     found = model.solve(seconds, below=known * (1 + SLACK) if start else None, gap=CLOSE)

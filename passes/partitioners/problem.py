@@ -14,6 +14,9 @@ from pipecompile.ir import CostGraph
 
 ROUNDING = 1e-9
 """Sums of the same times in another order differ by this much (relative)."""
+SMALL_GAP = 0.005
+CLOSE = 1e-6
+"""A relative gap between a time and its bound that counts as none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Problem:
     links: tuple[float, ...]
     limits: Limits | None = None
     tolerance: float = 0.05
-    time_limit: float = 10.0
+    time_limit: float = 15.0
 
     @property
     def nodes(self) -> int:
@@ -106,6 +109,15 @@ class Answer:
     bound_bytes: float = 0.0
 
 
+def time_cap(problem: Problem, quick: Answer) -> float:
+    """The time every stage may take, from the least time found. A small gap to the bound is not used, so that the cap
+    is within the tolerance of the optimum whatever that is; where the gap is larger the time found is believed."""
+    found, tolerance = max(problem.times(quick.stage)), 1 + problem.tolerance
+    if found * (1 - SMALL_GAP) <= quick.bound_ms < found * (1 - CLOSE):
+        return max(found, quick.bound_ms * tolerance)
+    return found * tolerance
+
+
 def make(
     graph: CostGraph,
     stages: int,
@@ -115,7 +127,7 @@ def make(
     bandwidths: Sequence[float] | None = None,
     limits: Limits | None = None,
     state_factor: float = 4.0,
-    time_limit: float = 10.0,
+    time_limit: float = 15.0,
 ) -> Problem:
     """The problem that a cost graph poses; an activation's readers come after its maker, edge or not."""
     edges = dict.fromkeys(graph.edges)

@@ -30,6 +30,32 @@ def windows(problem: Problem, cap: float) -> Windows:
     return low.tolist(), high.tolist()
 
 
+def least_possible(problem: Problem, known: float) -> float:
+    """A lower bound of the slowest stage's time, up to the time ``known`` to be possible, by bisection.
+
+    A time is refuted if some node has no stage left, or some range of stages less room than the nodes bound to it need.
+    """
+    low, high = problem.least_time(), known
+    for _ in range(20 if problem.nodes <= MOST else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _possible(problem, middle) else (middle, high)
+        if high - low < 1e-5 * high:
+            break
+    return min(low, known)
+
+
+def _possible(problem: Problem, cap: float) -> bool:
+    low, high = windows(problem, cap)
+    bound = np.zeros((problem.stages, problem.stages))
+    for v, (first, last) in enumerate(zip(low, high)):
+        if first > last:
+            return False
+        bound[first, last] += problem.load[v]
+    need = bound[::-1].cumsum(axis=0)[::-1].cumsum(axis=1)
+    room = np.concatenate(([0.0], np.cumsum(problem.speeds))) * cap * (1 + ROUNDING)
+    return all(need[i, j] <= room[j + 1] - room[i] for i in range(problem.stages) for j in range(i, problem.stages))
+
+
 def within(both: Windows, stage: tuple[int, ...], first: int, last: int) -> Windows:
     """The neighbourhood of a partition in which only the nodes of stages ``first`` to ``last`` may move, among these."""
     low, high = list(stage), list(stage)
