@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Instruction
+from pipecompile.runtime.split_backward import input_half, weight_half
 from pipecompile.runtime.transport import Transport
 from pipecompile.runtime.wiring import Backward, Forward, Reduce, Result, Row, Transmit
 
@@ -52,6 +53,8 @@ class Executor:
         handlers: dict[str, Handler] = {
             "FORWARD": self._forward,
             "BACKWARD": self._backward,
+            "BACKWARD_INPUT": self._backward_input,
+            "BACKWARD_WEIGHT": self._backward_weight,
             "SEND_F": self._send,
             "SEND_B": self._send,
             "RECV_F": self._receive,
@@ -64,6 +67,7 @@ class Executor:
         ]
         self.losses: Tensor | None = None
         self.weights: Tensor | None = None
+        self.before_forward: Callable[[int], None] | None = None
         self._transport = transport
         self._divisor = microbatches if mean else 1
         self._empty: list[Any] = [None] * row.slots
@@ -96,6 +100,8 @@ class Executor:
                 leaves.append(value.requires_grad_())
                 value = unviewed(value, shape)
             arguments.append(value)
+        if self.before_forward is not None:
+            self.before_forward(op.microbatch)
         outputs = op.stage(self._microbatches[op.microbatch], *arguments)
         if not isinstance(outputs, tuple) or len(outputs) != len(op.results):
             raise RuntimeFault(_wrong_results(op, outputs))
@@ -132,7 +138,17 @@ class Executor:
         roots, gradients = self._roots(edges, loss_edge)
         if roots:
             torch.autograd.backward(roots, gradients)
-        self._hand_back(op, leaves)
+        self._hand_back(op, leaves, [leaf.grad for leaf in leaves])
+
+    def _backward_input(self, op: Backward) -> None:
+        leaves, edges, loss_edge = self._take(op.kept)
+        roots, gradients = self._roots(edges, loss_edge)
+        del edges, loss_edge  # nothing but the roots keeps the graph, so that it goes as soon as they do
+        received, self._slots[op.kept] = input_half(roots, gradients, leaves)
+        self._hand_back(op, leaves, received)
+
+    def _backward_weight(self, op: Backward) -> None:
+        weight_half(self._take(op.kept))
 
     def _roots(
         self, edges: list[tuple[GradientEdge | None, tuple[int, ...]]], loss_edge: GradientEdge | None
@@ -155,10 +171,9 @@ class Executor:
             gradients.append(self._seed)
         return roots, gradients
 
-    def _hand_back(self, op: Backward, leaves: list[Tensor]) -> None:
+    def _hand_back(self, op: Backward, leaves: list[Tensor], gradients: list[Tensor | None]) -> None:
         """Put the gradients of what was received where they wait to go back."""
-        for leaf, (slot, may_be_none) in zip(leaves, op.outgoing):
-            gradient = leaf.grad
+        for leaf, gradient, (slot, may_be_none) in zip(leaves, gradients, op.outgoing):
             if slot >= 0:
                 self._slots[slot] = gradient if may_be_none or gradient is not None else torch.zeros_like(leaf)
 

@@ -40,7 +40,7 @@ def compare(ours: nn.Module, reference: nn.Module) -> None:
 
 @pytest.mark.parametrize("microbatches", [1, 4, 6])
 @pytest.mark.parametrize(
-    ("schedule", "ranks"), [("gpipe", 4), ("1f1b", 4), ("interleaved-1f1b", 2), ("interleaved-1f1b", 1)]
+    ("schedule", "ranks"), [("gpipe", 4), ("1f1b", 4), ("zb-h1", 4), ("interleaved-1f1b", 2), ("interleaved-1f1b", 1)]
 )
 def test_loss_gradients_and_buffers_over_two_steps(schedule: str, ranks: int, microbatches: int) -> None:
     reference = Net()

@@ -41,7 +41,7 @@ def train(rank: int, ranks: int, schedules: tuple[str, ...], weight: str) -> dic
 
 @pytest.mark.parametrize(
     ("ranks", "schedules"),
-    [(2, ("interleaved-1f1b", "looped-bfs")), (4, ("gpipe", "1f1b", "eager-1f1b"))],
+    [(2, ("interleaved-1f1b", "looped-bfs")), (4, ("gpipe", "1f1b", "eager-1f1b", "zb-h2"))],
 )
 def test_loss_gradients_and_buffers(ranks: int, schedules: tuple[str, ...]) -> None:
     reference = Net()
@@ -82,10 +82,10 @@ def test_a_weighted_loss() -> None:
             )
 
 
-def fail(rank: int, how: str, at: int) -> str:
+def fail(rank: int, how: str, at: int, timeout_s: float) -> str:
     """Rank 1 fails in the forward of microbatch ``at``; the others tell how they hear of it, and after how long."""
     connect(timeout_s=30)
-    model, runtime = runtime_of(rank, "1f1b", 4, timeout_s=3)
+    model, runtime = runtime_of(rank, "1f1b", 4, timeout_s=timeout_s)
     runtime.step(batch_of(MICROBATCHES))
     calls: list[int] = []
     forward = model.layers[1].forward
@@ -97,7 +97,7 @@ def fail(rank: int, how: str, at: int) -> str:
                 raise ValueError("spilled")
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(5)
+            time.sleep(timeout_s + 2)
         return forward(hidden)
 
     if rank == 1:
@@ -117,33 +117,33 @@ def fail(rank: int, how: str, at: int) -> str:
 
 
 def test_a_rank_that_raises_ends_all_ranks_with_its_error() -> None:
-    for rank, answer in enumerate(run(fail, 4, "raise", 2)):
+    for rank, answer in enumerate(run(fail, 4, "raise", 2, 20.0)):
         first, note, again, took = answer.split(" | ")
         assert "rank 1, instruction" in first
         assert "(1F2), microbatch 2: ValueError: spilled" in first
         assert (f"that ended rank {rank} too" in note) == (rank != 1)
         assert "this runtime has failed before (rank 1" in again
-        assert float(took) < 4, "nobody waits for the timeout"
+        assert float(took) < 15, "nobody waits for the timeout"
 
 
 def test_a_rank_that_is_killed_ends_all_ranks() -> None:
-    answers = run(fail, 4, "kill", 1)
+    answers = run(fail, 4, "kill", 1, 20.0)
     assert answers.pop(1) is None
     for answer in answers:
         first, *_, took = answer.split(" | ")
         assert "the connection to rank 1 broke, its process has ended or failed; look at what it printed" in first
         assert "instruction" in first
         assert "peer stage 1" in first
-        assert float(took) < 4
+        assert float(took) < 15
 
 
 def test_a_rank_that_hangs_ends_all_ranks_within_the_timeout() -> None:
-    answers = run(fail, 4, "hang", 1)
+    answers = run(fail, 4, "hang", 1, 6.0)
     assert "the connection to rank 2 broke" in answers.pop(1), "it wakes when the others have ended"
     for answer in answers:
         first, *_ = answer.split(" | ")
         assert re.search(
-            r"instruction \d+ \(.*\), microbatch \d, peer stage [12]: waited 3 s for rank [12], "
+            r"instruction \d+ \(.*\), microbatch \d, peer stage [12]: waited 6 s for rank [12], "
             "which is stuck, gone or slow; allow more time with timeout_s=",
             first,
         ), first
