@@ -21,7 +21,7 @@ from pipecompile.simulate import Link, simulate
 OPTIMA = json.loads((Path(__file__).parent.parent / "benchmarks" / "auto_optimum.json").read_text())
 
 
-@pytest.fixture()
+@pytest.fixture
 def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that ask for what holds whatever the effort."""
     monkeypatch.setattr(sys.modules["pipecompile.passes.schedules.auto"], "EFFORT", 100_000)

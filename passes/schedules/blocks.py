@@ -121,8 +121,9 @@ def best_vee(name: str, shape: Shape, setting: Setting, in_flight: int, order: T
 def _best_block(name: str, shape: Shape, setting: Setting, in_flight: int) -> tuple[Block, float]:
     """The block, and the patience with weight halves, that end a step of 2p microbatches first."""
     problem = Problem.of(shape, setting).counted(in_flight)
-    fitting = [block for block in blocks(shape.ranks) if block.in_flight(shape.ranks) <= in_flight]
-    tried = ((fill_weights(problem, _repeat(block, shape), p)[0], p, block) for block in fitting for p in PATIENCE)
+    fitting = (block for block in blocks(shape.ranks) if block.in_flight(shape.ranks) <= in_flight)
+    distinct = {tuple(map(tuple, _repeat(block, shape))): block for block in fitting}
+    tried = ((fill_weights(problem, rows, p)[0], p, block) for rows, block in distinct.items() for p in PATIENCE)
     time, patience, block = min(tried, key=lambda one: one[0], default=(math.inf, 0.0, Block((1, 1, 1, 1), 0, 0, 0)))
     if time == math.inf:
         raise ScheduleError(f"{name} has no order for {shape.ranks} ranks; use --schedule zb-v")
