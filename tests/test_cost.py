@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipecompile.capture import capture
 from pipecompile.cost import NodeCost, cost_graph, owned_reads, read_costs
 from pipecompile.errors import CostError
 from pipecompile.ir import AttributeInfo, Graph, Node, Parameter, Ref, Spec, Value
+from pipecompile.passes.lift import lift
+from tests.models import MODELS
 
 MATRIX = Spec((4, 4), "float32", gradient=True)
 
@@ -163,13 +166,62 @@ def test_costs_are_read_by_node_and_by_module(tmp_path: Path) -> None:
     }
 
 
+def write(path: Path, nodes: dict[str, Any], **rest: Any) -> Path:
+    path.write_text(json.dumps({"nodes": nodes, **rest}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cnn() -> Graph:
+    model, batch, loss = MODELS["cnn"]()
+    return capture(model, batch, loss)
+
+
+NOTHING = {"fwd": 0, "bwd": 0}
+
+
+def test_a_module_without_an_entry_costs_what_the_modules_inside_of_it_do(cnn: Graph, tmp_path: Path) -> None:
+    inner = {"blocks.0.0": {"fwd": 3, "bwd": 5, "saved_bytes": 8}, "blocks.0.1": {"fwd": 1, "bwd": 1, "weight": 1}}
+    path = write(tmp_path / "costs.json", inner, default=NOTHING)
+    assert read_costs(path, lift(cnn))["blocks.0@0"] == NodeCost(4, 6, 8, 1)
+    opened = read_costs(path, lift(cnn, frozenset({"blocks.0@0"})))
+    assert (opened["blocks.0.0@0"], opened["blocks.0.1@0"]) == (NodeCost(3, 5, 8), NodeCost(1, 1, 0, 1))
+    assert opened["blocks.0.2@0"] == NodeCost(0, 0)
+
+
+def test_an_opened_module_s_entry_is_divided_over_its_inside(cnn: Graph, tmp_path: Path) -> None:
+    entries = {"blocks.0": {"fwd": 10, "bwd": 20, "weight": 5, "saved_bytes": 1000}}
+    path = write(tmp_path / "costs.json", entries, default=NOTHING)
+    assert read_costs(path, lift(cnn))["blocks.0@0"] == NodeCost(10, 20, 1000, 5)
+    opened = read_costs(path, lift(cnn, frozenset({"blocks.0@0"})))
+    parts = [opened[f"blocks.0.{i}@0"] for i in range(3)]
+    assert all(part.forward_ms > 0 for part in parts)
+    assert sum(part.forward_ms for part in parts) == pytest.approx(10)
+    assert sum(part.backward_ms for part in parts) == pytest.approx(20)
+    assert sum(part.weight_ms for part in parts) == pytest.approx(5)
+    assert sum(part.saved_bytes for part in parts) == pytest.approx(1000, abs=2)
+
+
+def test_entries_inside_of_an_opened_module_come_off_its_own(cnn: Graph, tmp_path: Path) -> None:
+    entries = {"blocks.0": {"fwd": 10, "bwd": 20}, "blocks.0.0": {"fwd": 9, "bwd": 25}}
+    path = write(tmp_path / "costs.json", entries, default=NOTHING)
+    opened = read_costs(path, lift(cnn, frozenset({"blocks.0@0"})))
+    assert opened["blocks.0.0@0"] == NodeCost(9, 25)
+    rest = [opened[f"blocks.0.{i}@0"] for i in (1, 2)]
+    assert sum(part.forward_ms for part in rest) == pytest.approx(1)
+    assert sum(part.backward_ms for part in rest) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "cannot be read as JSON"),
         ("[]", 'has no "nodes" object'),
         ('{"nodes": {}, "unit": "h"}', "its unit is 'h', expected one of s, ms, us"),
-        ('{"nodes": {"h": {"fwd": 1, "bwd": 1}}}', r'no cost for 2 of 3 nodes: h_1, y; add them, or a "default"'),
+        (
+            '{"nodes": {"h": {"fwd": 1, "bwd": 1}}}',
+            r'no cost for 2 of 3 nodes: h_1, y; add them, the modules around them, or a "default"',
+        ),
         ('{"nodes": {"z": {"fwd": 1, "bwd": 1}}}', "names z, which the graph does not have; its nodes are h, h_1, y"),
         ('{"nodes": {"h": {"fwd": 1}}}', """node 'h': {'fwd': 1}, expected {"fwd": .., "bwd": ..}"""),
         ('{"nodes": {"h": {"fwd": 1, "bwd": 1, "f": 1}}}', "node 'h': .*'f': 1}, expected"),
