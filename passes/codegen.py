@@ -85,8 +85,9 @@ class _Source:
         if "F" in used:
             lines += ["import torch.nn.functional as F"]
         lines += [""] if lines else []
-        names = "Stage, device_of" if self.render.uses_device else "Stage"
-        lines += [f"from pipecompile.runtime import {names}"]
+        names = ["Stage", *(["device_of"] if self.render.uses_device else [])]
+        names += ["reseed"] if any(node.stream >= 0 for node in self.body.nodes) else []
+        lines += [f"from pipecompile.runtime import {', '.join(names)}"]
         return lines + (["", "aten = torch.ops.aten"] if "aten" in used else [])
 
     def _helper(self) -> list[str]:
@@ -109,8 +110,7 @@ class _Source:
         return [name for name in made if name in read]
 
     def _batch(self, read: set[str]) -> list[str]:
-        lines = [f"        {v.name} = batch{path_text(v.path)}" for v in self.body.batch if v.name in read]
-        return lines
+        return [f"        {v.name} = batch{path_text(v.path)}" for v in self.body.batch if v.name in read]
 
     def _forward(self) -> list[str]:
         plan = self.body.plan
@@ -138,6 +138,7 @@ class _Source:
                 if node.kind == "op" and node.module != module:
                     lines += [f"{' ' * indent}# {_safe(node.module) or 'loss'}"]
                 module = node.module if node.kind == "op" else None
+                lines += [f"{' ' * indent}reseed({node.stream})"] if node.stream >= 0 else []
                 lines += self._node(node, indent)
         if self.render.uses_device:
             lines = ["        device = device_of(self, batch)", *lines]

@@ -23,6 +23,7 @@ from pipecompile.errors import CaptureError
 from pipecompile.ir import AttributeInfo, Call, Graph, Node, Ref, Value
 from pipecompile.passes.replicate import replicable
 from pipecompile.passes.storage import storage_constraints
+from pipecompile.passes.streams import with_streams
 
 
 def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
@@ -34,12 +35,13 @@ def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
     lifted = list(_lifted(graph, opened, closed_calls(graph), cheap))
     nodes = _drop_dead(graph, lifted)
     replicated = frozenset(node.name for node in nodes if node.kind == "op" and node.name in cheap)
+    nodes, drawn_together = with_streams(graph, nodes)
     together, order = storage_constraints(graph, nodes, replicated)
     found = replace(
         graph,
         nodes=tuple(nodes),
         replicated=replicated,
-        together=together,
+        together=(*together, *drawn_together),
         order=order,
         opened=tuple(call.key for call in graph.calls if call.key in opened),
         dropped=_dropped(lifted, nodes),

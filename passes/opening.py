@@ -18,6 +18,7 @@ from pipecompile.cost import Costed, NodeCost, cost_graph
 from pipecompile.errors import PartitionError
 from pipecompile.ir import Call, CostGraph, Graph, Node, Partition
 from pipecompile.passes.lift import lift, openable
+from pipecompile.passes.streams import random_modules
 
 WORTH = 0.02
 Price = Callable[[Graph], Mapping[str, NodeCost]]
@@ -32,6 +33,7 @@ class Split:
     costed: Costed
     partition: Partition
     gains: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
 
     @property
     def stage_of(self) -> dict[str, int]:
@@ -62,7 +64,7 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
             if coarser.partition.bottleneck_ms <= (1 + WORTH / 4) * best.partition.bottleneck_ms:
                 best, opened = coarser, opened - closed
         gains.append(_gain(before, best))
-    return Split(best.graph, best.costed, best.partition, tuple(gains))
+    return Split(best.graph, best.costed, best.partition, tuple(gains), random_modules(graph))
 
 
 def _gain(before: Split, after: Split) -> str:

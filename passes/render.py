@@ -57,7 +57,7 @@ def member(fqn: str) -> str:
 
 
 def path_text(path: Path) -> str:
-    return "".join(f"[{step!r}]" if kind == "item" else f".{step}" for kind, step in path)
+    return "".join(f"[{string(step)}]" if kind == "item" else f".{step}" for kind, step in path)
 
 
 class Renderer:

@@ -60,7 +60,7 @@ class Compiled:
             forecast=self.forecast,
             bound_ms=partition.bound_ms,
             bound_bytes=partition.bound_bytes,
-            random=any(node.random for node in graph.nodes),
+            random=self.split.random,
             replicated=tuple(node.name for node in graph.nodes if node.name in graph.replicated),
             opened=tuple(key for key in graph.opened if not key.startswith("@")),
             notes=(*graph.notes, *self.split.gains, *([note] if note else [])),
@@ -68,7 +68,7 @@ class Compiled:
         )
 
     def single_microbatch(self) -> tuple[Plan, Program]:
-        """The same stages with a program for one microbatch."""
-        shape = Shape(self.options.stages, self.options.ranks, 1, self.program.shape.placement)
+        """The same stages with a program for one microbatch, each on a rank of its own."""
+        shape = Shape(self.options.stages, self.options.stages, 1)
         program = communicate(make_timetable("gpipe", shape), self.split.partition)
-        return replace(self.plan({}), microbatches=1), program
+        return replace(self.plan({}), microbatches=1, ranks=shape.ranks, placement=shape.placement), program

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +20,7 @@ from pipecompile.errors import BatchError, BuildError
 from pipecompile.ir import Forecast, Program
 from pipecompile.model_file import ModelFile, read_model_file
 from pipecompile.plan import Plan
-from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, split
+from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, begin_microbatch, own_streams, split, watch
 
 Files = Mapping[str, str]
 
@@ -49,15 +51,19 @@ class Pipe:
         *,
         local: bool = False,
         timeout_s: float = 300.0,
+        seed: int = 0,
     ) -> None:
         self._files = dict(files)
         self.plan = Plan.from_json(_json(files, "plan.json"))
         self.program = Program.from_json(_json(files, "program.json"))
         self.loss = loss
+        watch(model, self.plan.random)
         self.rank, self.ranks = (0, 1) if local else _world(self.program.shape.ranks)
         placement = self.program.shape.placement
         mine = [s for s, rank in enumerate(placement) if self.ranks == 1 or rank == self.rank]
         self._stages: dict[int, Stage] = {s: self._make(s, model) for s in mine}
+        self.seed = seed
+        self.steps = 0
         self._timeout_s = timeout_s
         self._runtime: LocalRuntime | RankRuntime | None = None
 
@@ -106,7 +112,15 @@ class Pipe:
         self._check_batch(batch)
         if self._runtime is None:
             self._runtime = self._make_runtime()
-        return self._runtime.step(batch)
+            if self.plan.random:
+                self._runtime.before_forward(self._begin_microbatch)
+        with own_streams() if self.plan.random else nullcontext():
+            value = self._runtime.step(batch)
+        self.steps += 1
+        return value
+
+    def _begin_microbatch(self, microbatch: int) -> None:
+        begin_microbatch(self.seed, self.steps, microbatch)
 
     def _make_runtime(self) -> LocalRuntime | RankRuntime:
         plan = self.plan
@@ -140,22 +154,34 @@ class Pipe:
                     f"({self.plan.microbatches} microbatches); give it that, or compile again with this batch"
                 )
 
-    def reference(self, model: nn.Module, batch: Any) -> Tensor:
-        """The same step on the unsplit ``model``: gradient accumulation over the same microbatches. Returns the loss."""
-        step = Step(model, self.loss)
-        count = self.plan.microbatches
-        if not self.plan.weight:
-            total = torch.zeros(())
-            for microbatch in split(batch, count):
-                loss = step(microbatch)[0] / count
+    def reference(self, model: nn.Module, batch: Any, step: int | None = None) -> Tensor:
+        """The same step on the unsplit ``model``: gradient accumulation over the same microbatches. Returns the loss.
+
+        Random numbers are those of the pipe's step ``step``, the one that it took last unless given.
+        """
+        number = max(self.steps - 1, 0) if step is None else step
+        watch(model, self.plan.random)
+        with own_streams():
+            return self._accumulate(Step(model, self.loss), split(batch, self.plan.microbatches), number)
+
+    def _accumulate(self, step: Step, microbatches: list[Any], number: int) -> Tensor:
+        losses: list[Tensor] = []
+        weights: list[Tensor] = []
+        for index, microbatch in enumerate(microbatches):
+            begin_microbatch(self.seed, number, index)
+            loss, weight = step(microbatch)
+            if weight is None:
+                loss = loss / len(microbatches)
                 torch.autograd.backward([loss])
-                total = total.to(loss.device) + loss.detach().reshape(())
-            return total
-        results = [step(microbatch) for microbatch in split(batch, count)]
-        weights = torch.stack([weight.reshape(()) for _, weight in results if weight is not None])
-        value = torch.stack([loss.reshape(()) for loss, _ in results]).sum() / weights.sum()
-        torch.autograd.backward([value])
-        return value.detach()
+                loss = loss.detach()
+            else:
+                weights.append(weight.reshape(()))
+            losses.append(loss.reshape(()))
+        total = functools.reduce(torch.add, losses)
+        if weights:
+            total = total / functools.reduce(torch.add, weights)
+            torch.autograd.backward([total])
+        return total.detach()
 
     def save(self, directory: str | Path) -> None:
         """Write the build directory; an older build there is replaced, anything else refused with BuildError."""

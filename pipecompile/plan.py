@@ -21,7 +21,7 @@ class Plan:
     """A compiled pipeline's stages, what they hold and cost, what crosses between them, and what a step will take.
 
     ``inputs`` are the batch's tensors at one microbatch's size. ``holds`` are the FQNs of all parameters and buffers of
-    each stage. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none).
+    each stage; ``random`` those of the modules that draw random numbers. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none).
     """
 
     model: str
@@ -39,7 +39,7 @@ class Plan:
     forecast: Forecast
     bound_ms: float = 0.0
     bound_bytes: int = 0
-    random: bool = False
+    random: tuple[str, ...] = ()
     replicated: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -85,9 +85,8 @@ class Plan:
                 "weight",
                 "bound_ms",
                 "bound_bytes",
-                "random",
             )
-            lists = ("placement", "replicated", "opened", "notes")
+            lists = ("placement", "random", "replicated", "opened", "notes")
             fields: dict[str, Any] = {name: whole[name] for name in (*plain, "source")}
             fields |= {name: tuple(whole[name]) for name in lists}
             return Plan(

@@ -66,7 +66,7 @@ class Node:
     those whose contents it uses. ``writes`` are the values, and ``written_buffers`` the buffers, that it changes in place.
     ``context`` are the regions (autocast, no_grad) around it, outermost first, as Python expressions. ``module`` is the
     FQN of the module whose forward it belongs to, ``position`` its (first) operation's place in the trace; ``inside`` are
-    a call's own operations.
+    a call's own operations. ``stream`` is the random stream that it starts to draw from, -1 if it draws none or goes on.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Node:
     module: str = ""
     random: bool = False
     position: int = 0
+    stream: int = -1
     inside: tuple[Node, ...] = ()
 
 

@@ -5,7 +5,20 @@ from pipecompile.runtime.device import device_of
 from pipecompile.runtime.faults import connect
 from pipecompile.runtime.local import LocalRuntime
 from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.random import begin_microbatch, own_streams, reseed, watch
 from pipecompile.runtime.rank import RankRuntime
 from pipecompile.runtime.stage import Stage
 
-__all__ = ["LocalRuntime", "RankRuntime", "Stage", "connect", "device_of", "from_first_rank", "split"]
+__all__ = [
+    "LocalRuntime",
+    "RankRuntime",
+    "Stage",
+    "begin_microbatch",
+    "connect",
+    "device_of",
+    "from_first_rank",
+    "own_streams",
+    "reseed",
+    "split",
+    "watch",
+]

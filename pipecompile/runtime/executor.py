@@ -11,8 +11,9 @@ Backward: autograd starts at those edges, and what arrives at the leaves goes ba
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ class Step:
     rank: int
     position: int
     instruction: Instruction
+
+
+Ran = tuple[Instruction, float, float]
+"""An instruction, and when it began and ended (``time.perf_counter`` seconds)."""
+
+
+def timed(step: Step, ran: list[Ran]) -> Step:
+    """The same step, which writes into ``ran`` when it ran."""
+
+    def handler(operand: Any) -> None:
+        began = time.perf_counter()
+        step.handler(operand)
+        ran.append((step.instruction, began, time.perf_counter()))
+
+    return replace(step, handler=handler)
 
 
 class Executor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ class LocalRuntime:
         self._copies = [tensors for tensors in shared.values() if len(tensors) > 1]
         everything = [list(stage.parameters()) for stage in stages.values()]
         self._apart = Apart(p for several in (everything if weight else self._copies) for p in several)
+
+    def before_forward(self, hook: Callable[[int], None]) -> None:
+        """Call ``hook(microbatch)`` before each forward of a stage."""
+        for executor in self._ranks:
+            executor.before_forward = hook
 
     def step(self, batch: Any) -> Tensor:
         """The loss of ``batch``, 0-dim and detached; gradients are added to the parameters' ``.grad``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Program, StagePlan
 from pipecompile.runtime.channels import Channels, wait_for
-from pipecompile.runtime.executor import Executor, Step, fault
+from pipecompile.runtime.executor import Executor, Ran, Step, fault, timed
 from pipecompile.runtime.faults import FirstFault, check_in
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.messages import Plans, by_index
@@ -72,8 +72,15 @@ class RankRuntime:
         self._sums: list[tuple[Any, list[Tensor], Tensor]] = []
         self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
 
-    def step(self, batch: Any) -> Tensor:
-        """The loss of ``batch`` on every rank; the gradients of this rank's stages are added to their ``.grad``."""
+    def before_forward(self, hook: Callable[[int], None]) -> None:
+        """Call ``hook(microbatch)`` before each forward of a stage."""
+        self._executor.before_forward = hook
+
+    def step(self, batch: Any, ran: list[Ran] | None = None) -> Tensor:
+        """The loss of ``batch`` on every rank; the gradients of this rank's stages are added to their ``.grad``.
+
+        ``ran`` gets this rank's instructions with the times at which they began and ended.
+        """
         if self._failed:
             raise RuntimeFault(f"this runtime has failed before ({self._failed}); start the processes again")
         self._executor.begin(split(batch, self._microbatches))
@@ -81,7 +88,8 @@ class RankRuntime:
         step = None
         try:
             self._channels.begin()
-            for step in self._executor.steps:
+            steps = self._executor.steps
+            for step in steps if ran is None else [timed(step, ran) for step in steps]:
                 step.handler(step.operand)
             step = None
             return self._finish()
