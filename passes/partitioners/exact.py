@@ -75,7 +75,7 @@ def least_time(problem: Problem, start: Answer | None, seconds: float) -> Answer
     if start and known <= floor * (1 + CLOSE):
         return replace(start, bound_ms=known)
     open_windows = windows(problem, known)
-    if start and known <= floor * (1 + WORTH) and columns(open_windows) > SMALL:
+    if start and known <= floor * (1 + WORTH) and columns(open_windows) > SMALL // 2:
         return start
     model = Model(problem, *open_windows)
     model.memory()
@@ -93,16 +93,17 @@ def least_time(problem: Problem, start: Answer | None, seconds: float) -> Answer
 def neighbourhoods(
     problem: Problem, best: tuple[int, ...], cap: float, open_windows: Windows, seconds: float
 ) -> tuple[int, ...]:
-    """Free a few stages in a row at a time, and again while that finds anything."""
+    """Free a few stages in a row at a time, and again where something changed, until nothing more is found."""
     clock = Clock.of(seconds)
     for width in range(2, min(5, problem.stages) + 1):
-        improved = True
-        while improved and clock.left() > 0:
-            improved = False
-            for first in range(problem.stages - width + 1):
-                near = within(open_windows, best, first, first + width - 1)
-                better, _ = least_traffic(problem, best, cap, near, min(clock.left(), seconds / 6))
-                improved |= better != best
+        waiting = list(range(problem.stages - width + 1))
+        while waiting and clock.left() > 0:
+            first = waiting.pop(0)
+            near = within(open_windows, best, first, first + width - 1)
+            better, _ = least_traffic(problem, best, cap, near, min(clock.left(), seconds / 6))
+            if better != best:
+                touched = range(max(0, first - width + 1), min(problem.stages - width, first + width - 1) + 1)
+                waiting += [other for other in touched if other != first and other not in waiting]
                 best = better
     return best
 
