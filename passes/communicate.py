@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipecompile.errors import ProgramError
 from pipecompile.ir import Instruction, Partition, Program, Route, Routes, Shared, StageCost, Timetable, Transfer
+from pipecompile.passes.verify import verify_compute
 from pipecompile.simulate import compute_spans
 
 EQUAL = StageCost(forward_ms=1.0, backward_ms=2.0, weight_ms=1.0, saved_bytes=1)
@@ -24,9 +26,14 @@ Event = tuple[float, int, int, int, int, tuple[tuple[int, Instruction], ...]]
 
 
 def communicate(timetable: Timetable, partition: Partition) -> Program:
-    """The program of ``timetable`` for ``partition``; ProgramError if the compute order cannot run."""
+    """The program of ``timetable`` for ``partition``; ProgramError if the compute order is not complete or cannot run."""
+    if partition.stages != timetable.shape.stages:
+        raise ProgramError(
+            f"a timetable for {timetable.shape.stages} stages does not fit a partition into {partition.stages}; "
+            "compile both again"
+        )
     routes = Routes.of(partition)
-    placement = timetable.shape.placement
+    placement = verify_compute(timetable).shape.placement
     spans = compute_spans(timetable.rows, routes, (EQUAL,) * timetable.shape.stages)
     events: list[Event] = []
     for one, (start, end) in spans.items():

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipecompile.errors import MemoryLimitError, ProgramError
-from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Instruction, Partition, Program, Routes
+from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Instruction, Partition, Program, Routes, Timetable
 from pipecompile.memory import ADAM, memory_over_time, standing_bytes
 
 MESSAGES = (*SENDS, *RECEIVES)
@@ -50,6 +50,20 @@ def verify(
     if limits is not None:
         _check_memory(program, partition, limits, optimizer_factor)
     return program
+
+
+def verify_compute(timetable: Timetable) -> Timetable:
+    """Give ``timetable`` back if it has every computation once, on its rank and in order (rule 1 without messages)."""
+    shape = timetable.shape
+    if len(timetable.rows) != shape.ranks:
+        raise ProgramError(f"the timetable has {len(timetable.rows)} rows for {shape.ranks} ranks; give one for each")
+    program = Program(timetable.schedule, shape, timetable.rows)
+    for rank, row in enumerate(timetable.rows):
+        for position, one in enumerate(row):
+            if one.op not in COMPUTE:
+                raise _fault(program, (rank, position), "a timetable holds computations only; leave messages out")
+    _check_compute(program, _places(program))
+    return timetable
 
 
 def _fault(program: Program, place: tuple[int, int], problem: str) -> ProgramError:

@@ -77,10 +77,38 @@ def test_shared_parameters_are_summed_once_on_each_rank_in_one_order():
     ]
 
 
-def test_a_compute_order_that_cannot_run_is_refused():
-    timetable = Timetable("bad", Shape(2, 2, 1), (tuple(map(parse, ("0B0", "0F0"))), tuple(map(parse, ("1F0", "1B0")))))
-    with pytest.raises(ProgramError, match="every rank waits for another: rank 0 in 0B0, rank 1 in 1F0; reorder"):
-        communicate(timetable, chain(2))
+def timetable_of(*rows: str, stages: int = 2) -> Timetable:
+    microbatches = 1 + max(int(word[2]) for row in rows for word in row.split())
+    shape = Shape(stages, len(rows), microbatches)
+    return Timetable("own", shape, tuple(tuple(map(parse, row.split())) for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (("0F0 0B0 0F1 0B1", "1F1 1F0 1B0 1B1"), "every rank waits for another: rank 0 in 0B0, rank 1 in 1F1; reorder"),
+        (("0B0 0F0", "1F0 1B0"), r"0B0 \(rank 0, instruction 0\): it stands before 0F0"),
+        (("0F0", "1F0 1B0"), "rank 0 has 0F0 for stage 0 and microbatch 0; expected 0F0 and 0B0, or 0F0, 0I0 and 0W0"),
+        (("0F0 0B0 1B0", "1F0"), r"1B0 \(rank 0, instruction 2\): stage 1 belongs to rank 1"),
+        (("0F0 0B0 0F0", "1F0 1B0"), r"0F0 \(rank 0, instruction 2\): it stands twice, first at instruction 0; remove"),
+    ],
+)
+def test_a_compute_order_that_cannot_run_is_refused(rows, words):
+    with pytest.raises(ProgramError, match=words):
+        communicate(timetable_of(*rows), chain(2))
+
+
+def test_a_timetable_of_another_kind_is_refused():
+    right = timetable_of("0F0 0B0", "1F0 1B0")
+    with pytest.raises(ProgramError, match="for 2 stages does not fit a partition into 3; compile both again"):
+        communicate(right, chain(3))
+    with pytest.raises(ProgramError, match="has 1 rows for 2 ranks; give one for each"):
+        communicate(Timetable("own", right.shape, right.rows[:1]), chain(2))
+    send = Instruction("SEND_F", 0, 0, peer=1, values=("hidden",))
+    with pytest.raises(
+        ProgramError, match=r"0SEND_F0>1 \(rank 0, instruction 2\): a timetable holds computations only"
+    ):
+        communicate(Timetable("own", right.shape, ((*right.rows[0], send), right.rows[1])), chain(2))
 
 
 @st.composite
