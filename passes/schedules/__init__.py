@@ -15,6 +15,7 @@ from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Partition, Shape, StageCost, Timetable
 from pipecompile.memory import ADAM
 from pipecompile.passes.communicate import chain
+from pipecompile.passes.own_schedule import own_order
 from pipecompile.simulate import Link
 
 Rows = tuple[tuple[Instruction, ...], ...]
@@ -41,6 +42,22 @@ Placement = Callable[[Shape], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Forms:
+    """Closed forms as text, in p ranks, v stages a rank, m microbatches, rank r, F, I, W ms of a rank's whole share.
+
+    ``idle``: ms without work between a rank's first and last computation, on the rank that has most. ``activations``:
+    the most in flight on rank r, each of one stage and microbatch. ``idle_holds`` and ``activations_hold`` say where
+    they are true; ``exact`` False: they are bounds from above there.
+    """
+
+    idle: str
+    activations: str
+    idle_holds: str = "True"
+    activations_hold: str = "True"
+    exact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """A named schedule: how it orders, where it places stages, how many stages a rank it is made for (0: any).
 
@@ -54,6 +71,7 @@ class Schedule:
     per_rank: int = 0
     instead: str = ""
     flushes: bool = True
+    forms: Forms | None = None
 
 
 _SCHEDULES: dict[str, Schedule] = {}
@@ -70,12 +88,17 @@ def vee(shape: Shape) -> tuple[int, ...]:
 
 
 def schedule(
-    name: str, placement: Placement = loop, per_rank: int = 0, instead: str = "", flushes: bool = True
+    name: str,
+    placement: Placement = loop,
+    per_rank: int = 0,
+    instead: str = "",
+    flushes: bool = True,
+    forms: Forms | None = None,
 ) -> Callable[[Order], Order]:
     """Register a function as the schedule ``name``."""
 
     def register(order: Order) -> Order:
-        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead, flushes)
+        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead, flushes, forms)
         return order
 
     return register
@@ -93,10 +116,14 @@ def schedule_names() -> tuple[str, ...]:
 
 
 def find_schedule(name: str) -> Schedule:
-    """The schedule of that name; ScheduleError lists the names if there is none."""
+    """The schedule of that name, or a user's own (``my.py:name``); ScheduleError lists the names if there is none."""
+    if ".py:" in name:
+        return Schedule(name, own_order(name), loop)
     found = _discover().get(name)
     if found is None:
-        raise ScheduleError(f"unknown schedule {name!r}; choose one of {', '.join(schedule_names())}")
+        raise ScheduleError(
+            f"unknown schedule {name!r}; choose one of {', '.join(schedule_names())}, or my.py:function"
+        )
     return found
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule, vee
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.tasks import backward, backward_input, backward_weight, forward
 
 
@@ -83,7 +83,10 @@ def _row(shape: Shape, rank: int) -> tuple[Instruction, ...]:
     return tuple(row.instructions)
 
 
-@schedule("dualpipe-v", placement=vee, per_rank=2, instead="zb-h1")
+FORMS = Forms("(p-1)*(F+I-W)/2", "2*p+1", "(m >= 2*p) & Eq(F, I)", "m >= 2*p")
+
+
+@schedule("dualpipe-v", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
 def dualpipe_v(shape: Shape, setting: Setting) -> Rows:
     if shape.microbatches < shape.stages:
         raise ScheduleError(

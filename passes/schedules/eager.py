@@ -13,10 +13,12 @@ backward together before it costs anything in the steady state; min(m, 2(p-r)-1)
 from __future__ import annotations
 
 from pipecompile.ir import Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.one_f_one_b import alternate
 
+FORMS = Forms("(p-1)*(F+I+W)", "Min(m, 2*(p-r)-1)")
 
-@schedule("eager-1f1b", per_rank=1, instead="interleaved-1f1b")
+
+@schedule("eager-1f1b", per_rank=1, instead="interleaved-1f1b", forms=FORMS)
 def eager(shape: Shape, setting: Setting) -> Rows:
     return tuple(alternate(stage, shape.microbatches, 2 * (shape.stages - stage) - 1) for stage in range(shape.stages))

@@ -12,11 +12,13 @@ p ranks, m microbatches: idle (p-1)(F+B) on each rank, m activations in flight.
 from __future__ import annotations
 
 from pipecompile.ir import Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
+FORMS = Forms("(p-1)*(F+I+W)", "m")
 
-@schedule("gpipe", per_rank=1, instead="looped-bfs")
+
+@schedule("gpipe", per_rank=1, instead="looped-bfs", forms=FORMS)
 def gpipe(shape: Shape, setting: Setting) -> Rows:
     microbatches = range(shape.microbatches)
     return tuple(

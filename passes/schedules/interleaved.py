@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
 
@@ -43,7 +43,10 @@ def _row(shape: Shape, rank: int) -> tuple[Instruction, ...]:
     return tuple(row)
 
 
-@schedule("interleaved-1f1b")
+FORMS = Forms("(p-1)*(F+I+W)/v", "Min(m*v, 2*(p-r-1)+(v-1)*p+1)", "m >= p", "Eq(Mod(m, p), 0)")
+
+
+@schedule("interleaved-1f1b", forms=FORMS)
 def interleaved_1f1b(shape: Shape, setting: Setting) -> Rows:
     if shape.stages == shape.ranks:
         raise ScheduleError(

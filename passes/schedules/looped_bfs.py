@@ -13,11 +13,13 @@ reduced, once for all of them.
 from __future__ import annotations
 
 from pipecompile.ir import Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
+FORMS = Forms("(p-1)*(F+I+W)/v", "m*v", "m >= p")
 
-@schedule("looped-bfs")
+
+@schedule("looped-bfs", forms=FORMS)
 def looped_bfs(shape: Shape, setting: Setting) -> Rows:
     rows = []
     for rank in range(shape.ranks):

@@ -12,7 +12,7 @@ p ranks, m microbatches: idle (p-1)(F+B) on each rank, as GPipe, but min(m, p-r)
 from __future__ import annotations
 
 from pipecompile.ir import Instruction, Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
 
@@ -26,6 +26,9 @@ def alternate(stage: int, microbatches: int, warm_up: int) -> tuple[Instruction,
     return tuple(row)
 
 
-@schedule("1f1b", per_rank=1, instead="interleaved-1f1b")
+FORMS = Forms("(p-1)*(F+I+W)", "Min(m, p-r)")
+
+
+@schedule("1f1b", per_rank=1, instead="interleaved-1f1b", forms=FORMS)
 def one_f_one_b(shape: Shape, setting: Setting) -> Rows:
     return tuple(alternate(stage, shape.microbatches, shape.stages - stage) for stage in range(shape.stages))

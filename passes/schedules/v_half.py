@@ -14,10 +14,12 @@ fastest building block (blocks.py) that fits these activations under the given c
 from __future__ import annotations
 
 from pipecompile.ir import Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule, vee
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.blocks import best_vee
 
+FORMS = Forms("(p-1)*(F+I+W)/2", "Min(2*m, p+2)", "(m >= p) & Eq(F, I) & Eq(I, W)", exact=False)
 
-@schedule("v-half", placement=vee, per_rank=2, instead="zb-h1")
+
+@schedule("v-half", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
 def v_half(shape: Shape, setting: Setting) -> Rows:
     return best_vee("v-half", shape, setting, shape.ranks + 2)

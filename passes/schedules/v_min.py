@@ -15,10 +15,12 @@ the activations bind: with I = 1.1 F and W = 0.8 F nothing is gained over 1F1B b
 from __future__ import annotations
 
 from pipecompile.ir import Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule, vee
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.blocks import best_vee
 
+FORMS = Forms("2*(p-1)*(F+I+W)/3", "Min(2*m, 2*floor((p+4)/3))", "(m >= p) & Eq(F, I) & Eq(I, W)", exact=False)
 
-@schedule("v-min", placement=vee, per_rank=2, instead="zb-h1")
+
+@schedule("v-min", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
 def v_min(shape: Shape, setting: Setting) -> Rows:
     return best_vee("v-min", shape, setting, 2 * ((shape.ranks + 4) // 3))

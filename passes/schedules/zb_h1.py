@@ -14,7 +14,7 @@ p ranks, m microbatches, k = min(m, p), W <= I: from its first to its last compu
 from __future__ import annotations
 
 from pipecompile.ir import Instruction, Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward_input, backward_weight, forward
 
 
@@ -31,7 +31,10 @@ def lagging(stage: int, microbatches: int, warm_up: int, lag: int) -> tuple[Inst
     return tuple(row)
 
 
-@schedule("zb-h1", per_rank=1, instead="zb-v")
+FORMS = Forms("(p-1)*(F+I) - (Min(m, p)-1)*W", "Min(m, p)", "W <= I", "Eq(r, 0)")
+
+
+@schedule("zb-h1", per_rank=1, instead="zb-v", forms=FORMS)
 def zb_h1(shape: Shape, setting: Setting) -> Rows:
     p = shape.ranks
     return tuple(lagging(r, shape.microbatches, warm_up=p - r, lag=r) for r in range(p))

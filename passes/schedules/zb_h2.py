@@ -15,11 +15,13 @@ and end one after the other, so the next step has to begin before the last rank 
 from __future__ import annotations
 
 from pipecompile.ir import Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.zb_h1 import lagging
 
+FORMS = Forms("Max(0, (p-1)*(F+I) - (Min(m, 2*p-1)-1)*W)", "Min(m, 2*p-1)", "W <= I", "Eq(r, 0)")
 
-@schedule("zb-h2", per_rank=1, instead="zb-v")
+
+@schedule("zb-h2", per_rank=1, instead="zb-v", forms=FORMS)
 def zb_h2(shape: Shape, setting: Setting) -> Rows:
     p = shape.ranks
     return tuple(lagging(r, shape.microbatches, warm_up=2 * (p - r) - 1, lag=2 * r) for r in range(p))

@@ -13,7 +13,7 @@ m >= 2p-1; otherwise the fastest of it and of the building blocks (blocks.py) th
 from __future__ import annotations
 
 from pipecompile.ir import Shape
-from pipecompile.passes.schedules import Rows, Setting, schedule, vee
+from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.blocks import best_vee
 from pipecompile.passes.schedules.problem import Task
 
@@ -53,7 +53,10 @@ def drawn(shape: Shape, rank: int) -> list[Task]:
     return [task for task in row if task[2] < shape.microbatches]
 
 
-@schedule("zb-v", placement=vee, per_rank=2, instead="zb-h1")
+FORMS = Forms("0", "2*p", "(m >= 2*p-1) & Eq(F, I) & Eq(I, W)", "m >= 2*p-1")
+
+
+@schedule("zb-v", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
 def zb_v(shape: Shape, setting: Setting) -> Rows:
     order = [drawn(shape, rank) for rank in range(shape.ranks)]
     return best_vee("zb-v", shape, setting, 2 * shape.ranks, order)
