@@ -111,6 +111,9 @@ class Renderer:
             named = [n for n in named if n != "pin_memory=False"]
             self.modules.add(FUNCTIONS[short].split(".")[0])
             return FUNCTIONS[short], arguments + named
+        if not node.target.startswith("aten."):
+            self.modules.add("torch")
+            return f"torch.ops.{node.target}", arguments + named
         self.modules.add("aten")
         return node.target, arguments + named
 
