@@ -14,7 +14,7 @@ from pipecompile.ir import Instruction, Program, Routes, Shape, StageCost, Timet
 from pipecompile.passes.communicate import chain, communicate
 from pipecompile.passes.schedules import find_schedule, make_timetable, schedule_names
 from pipecompile.passes.verify import verify
-from pipecompile.simulate import Link, compute_spans, simulate
+from pipecompile.simulate import Link, compute_spans, needs, simulate
 from pipecompile.timeline import computations, draw
 
 PER_RANK = {"interleaved-1f1b": 2, "looped-bfs": 2, "zb-v": 2, "v-half": 2, "v-min": 2, "dualpipe-v": 2}
@@ -186,6 +186,43 @@ def test_dualpipe_v_closed_forms():
                 assert gap(timetable, f, i, w) == (p - 1) * (f + i - w) / 2
 
 
+def fused_gap(timetable: Timetable, forward: int, inputs: int, weights: int) -> float:
+    """``gap`` with costs for each stage, where a forward and the whole backward behind it of the other stage are one."""
+    times = {"FORWARD": forward, "BACKWARD": inputs + weights, "BACKWARD_INPUT": inputs, "BACKWARD_WEIGHT": weights}
+    routes = Routes.of(chain(timetable.shape.stages))
+    rows = []
+    for row in timetable.rows:
+        units: list[tuple[Instruction, ...]] = []
+        for one in row:
+            pair = one.op == "BACKWARD" and units[-1][-1].op == "FORWARD" and units[-1][-1].stage != one.stage
+            units = [*units[:-1], (*units[-1], one)] if pair else [*units, (one,)]
+        rows.append(units)
+    ends: dict[tuple[str, int, int], float] = {}
+    at, clock, busy, begin = ([0] * len(rows) for _ in range(4))
+    while any(at[r] < len(row) for r, row in enumerate(rows)):
+        for r, row in enumerate(rows):
+            while at[r] < len(row):
+                wanted = [key for one in row[at[r]] for key, _ in needs(one, routes)]
+                if any(key not in ends for key in wanted):
+                    break
+                start = max([clock[r], *(ends[key] for key in wanted)])
+                begin[r] = start if at[r] == 0 else begin[r]
+                work = sum(times[one.op] for one in row[at[r]])
+                clock[r], busy[r], at[r] = start + work, busy[r] + work, at[r] + 1
+                for one in row[at[r] - 1]:
+                    if one.op != "BACKWARD_WEIGHT":
+                        ends["F" if one.op == "FORWARD" else "B", one.stage, one.microbatch] = clock[r]
+    return max(end - first - work for end, first, work in zip(clock, begin, busy))
+
+
+@pytest.mark.parametrize(("f", "i", "w"), [(1, 1, 1), (3, 3, 2)])
+def test_dualpipe_v_with_pairs_as_one_operation(f, i, w):
+    """DeepSeek's closed form: (PP/2-1)(F&B + B - 3W), where F&B = F + B."""
+    for p, m in ((2, 4), (2, 7), (4, 8), (4, 16), (8, 16)):
+        timetable = make_timetable("dualpipe-v", Shape(2 * p, p, m))
+        assert fused_gap(timetable, f, i, w) == (p - 1) * (f + (i + w) + (i + w) - 3 * w)
+
+
 PAPER = [  # ranks, microbatches, F, I, W, message in ms; bubble rates of 1F1B, ZB-H1, ZB-H2 (arXiv 2401.10241)
     (8, 24, 18.522, 18.086, 9.337, 0.601, 0.2431, 0.1585, 0.1083),
     (8, 64, 18.546, 18.097, 9.321, 0.762, 0.1240, 0.0674, 0.0444),
@@ -271,3 +308,19 @@ def test_the_command_draws_a_timeline(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["rank", "0", "0", "1", "0", "1", "33.3%", "idle"]
     assert lines[1] == ["rank", "1", "0", "0", "1", "1", "33.3%", "idle"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stages", "2"], "no schedule named; choose one of 1f1b, "),
+        (["1f1b"], "--stages is missing; say how many stages the model has"),
+        (["1f1b", "--stages", "2", "--costs", "1,2"], "costs '1,2'; expected three numbers F,I,W"),
+        (["1f1b", "--stages", "2", "--costs=-1,2,1"], "costs '-1,2,1' are not positive"),
+        (["1f1b", "--stages", "2", "--microbatches", "0"], "microbatches is 0, expected at least 1"),
+        (["auto", "--stages", "3", "--microbatches", "3", "--activations", "1"], ""),
+    ],
+)
+def test_what_the_command_refuses(arguments, words, capsys):
+    assert main(["schedule", *arguments]) == (1 if words else 0)
+    assert words in capsys.readouterr().err

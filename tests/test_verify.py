@@ -240,6 +240,10 @@ def subjects() -> list[tuple[Program, Partition]]:
         for partition in (chain(4, shared=(Shared("w", (0, 3)), Shared("v", (1, 2)))), SKIPS):
             program = communicate(make_timetable(name, shape), partition)
             found += [(program, partition), (split(program), partition)]
+    found += [
+        (communicate(make_timetable(name, shape), SKIPS), SKIPS)
+        for name, shape in (("zb-h1", Shape(4, 4, 4)), ("zb-v", Shape(4, 2, 4)), ("dualpipe-v", Shape(4, 2, 4)))
+    ]
     return found
 
 
