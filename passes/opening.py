@@ -47,6 +47,8 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
     def attempt(opened: frozenset[str]) -> Split:
         lifted = lift(graph, opened)
         costed = cost_graph(lifted, price(lifted), name)
+        if len(costed.members) < stages:
+            raise PartitionError(_too_few(lifted, costed, stages))
         return Split(lifted, costed, cut(costed.graph))
 
     known = openable(graph)
@@ -65,6 +67,20 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
                 best, opened = coarser, opened - closed
         gains.append(_gain(before, best))
     return Split(best.graph, best.costed, best.partition, tuple(gains), random_modules(graph))
+
+
+def _too_few(graph: Graph, costed: Costed, stages: int) -> str:
+    """Why there are fewer parts than stages: what must stay together, and the buffers that are changed there."""
+    count = len(costed.members)
+    text = f"{stages} stages asked for, but at most {count} are possible"
+    largest = max(costed.members, key=len)
+    changed = [b for node in graph.nodes if node.name in largest for b in node.written_buffers]
+    if not changed:
+        return f"{text}: {len(largest)} operations that change the same memory in place must stay in one stage"
+    return (
+        f"{text}: buffer {changed[0]!r} is changed and read by {len(largest)} of the model's parts, which must "
+        "therefore stay in one stage; give each part a buffer of its own, or use fewer stages"
+    )
 
 
 def _gain(before: Split, after: Split) -> str:

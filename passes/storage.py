@@ -15,9 +15,9 @@ Order = tuple[tuple[str, str], ...]
 
 def storage_constraints(graph: Graph, nodes: list[Node], replicated: frozenset[str]) -> tuple[Together, Order]:
     """Sets of node names that one stage must hold, and pairs (earlier, later) beyond what the values say."""
-    together = _buffer_groups(graph, nodes)
-    order: list[tuple[str, str]] = []
     root = roots(graph, nodes)
+    together = _buffer_groups(graph, nodes, root)
+    order: list[tuple[str, str]] = []
     inputs = {value.name for value in graph.inputs}
     for storage, writers in _written(root, nodes, replicated).items():
         touching = _touching(nodes, root, storage)
@@ -38,12 +38,17 @@ def roots(graph: Graph, nodes: list[Node]) -> dict[str, str]:
     return found
 
 
-def _buffer_groups(graph: Graph, nodes: list[Node]) -> list[tuple[str, ...]]:
+def _buffer_groups(graph: Graph, nodes: list[Node], root: dict[str, str]) -> list[tuple[str, ...]]:
+    """For each buffer that the step changes, the nodes that use it or a view of it."""
     canonical = {fqn: info.canonical for fqn, info in graph.attributes.items()}
     written = {canonical.get(name, name) for node in nodes for name in node.written_buffers}
     groups: dict[str, list[str]] = {name: [] for name in sorted(written)}
     for node in nodes:
-        for name in {canonical.get(buffer, buffer) for buffer in (*node.buffers, *node.written_buffers)} & written:
+        views = [root.get(name, name) for name in node.reads]
+        viewed = [name.removeprefix("attribute:") for name in views if name.startswith("attribute:")]
+        for name in {
+            canonical.get(buffer, buffer) for buffer in (*node.buffers, *node.written_buffers, *viewed)
+        } & written:
             groups[name].append(node.name)
     return [tuple(group) for group in groups.values()]
 

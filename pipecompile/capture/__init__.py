@@ -118,9 +118,10 @@ def _export(step: Step, model: nn.Module, batch: Any, recorder: Recorder) -> Exp
         call = recorder.innermost
         name = call.fqn if call and call.fqn else "the loss function"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = f", or pass opaque=[{call.fqn!r}] to leave that module whole" if call and call.fqn else ""
         raise CaptureError(
             f"{name} cannot be traced{_where(error)}: {first_line}; keep control flow independent of tensor values "
-            f"there, or rewrite that line with torch.where"
+            f"there, rewrite that line with torch.where{remedy}"
         ) from error
 
 
