@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Forecast, Program
@@ -11,8 +12,11 @@ US = 1000.0
 """Microseconds in a millisecond: traces count in microseconds."""
 
 
-def chrome_trace(program: Program, forecast: Forecast) -> dict[str, Any]:
-    """The trace as JSON: a process for each rank, with its computations on one track and its messages on another."""
+def chrome_trace(program: Program, forecast: Forecast, memory: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+    """The trace as JSON: a process for each rank, with its computations on one track and its messages on another.
+
+    ``memory`` are bytes at each instruction of each row (``memory_over_time``): a third track.
+    """
     events: list[dict[str, Any]] = []
     for rank in range(program.shape.ranks):
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
@@ -34,6 +38,9 @@ def chrome_trace(program: Program, forecast: Forecast) -> dict[str, Any]:
                 "args": one.to_json(),
             }
         )
+        if memory and one.op in COMPUTE:
+            held = {"bytes": memory[span.rank][span.position]}
+            events.append({"ph": "C", "name": "memory", "pid": span.rank, "ts": start, "args": held})
         if one.op in SENDS:
             name = f"{one.op[-1]}{one.microbatch} {one.stage}>{one.peer}"
             events.append({"ph": "s", "id": name, "name": name, "cat": "message", **place, "ts": start})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from pipecompile.cli import main
 from pipecompile.ir import Shape
 from pipecompile.passes.communicate import chain, communicate
@@ -31,5 +33,9 @@ def test_events():
 def test_the_command_writes_it(tmp_path, capsys):
     path = tmp_path / "trace.json"
     assert main(["schedule", "zb-h1", "--stages", "2", "--microbatches", "2", "--trace", str(path)]) == 0
-    assert json.loads(path.read_text())["displayTimeUnit"] == "ms"
+    trace = json.loads(path.read_text())
+    assert trace["displayTimeUnit"] == "ms"
+    held = [e["args"]["bytes"] for e in trace["traceEvents"] if e["ph"] == "C" and e["pid"] == 0]
+    assert held[1] - held[0] == pytest.approx(1_000_000, abs=10)
+    assert len(held) == 6
     assert capsys.readouterr().out.startswith("0F0 ")

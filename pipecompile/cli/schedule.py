@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Partition, Program, Shape, StageCost, Timetable
+from pipecompile.memory import memory_over_time
 from pipecompile.passes.communicate import chain, communicate
 from pipecompile.passes.schedules import Schedule, find_schedule, make_timetable, schedule_names
 from pipecompile.passes.torch_csv import read_csv, write_csv
@@ -62,7 +63,8 @@ def _write(options: argparse.Namespace, timetable: Timetable, program: Program, 
     if options.torch_csv:
         write_csv(timetable, options.torch_csv)
     if options.trace:
-        trace = chrome_trace(program, simulate(program, partition, Link(options.latency)))
+        forecast = simulate(program, partition, Link(options.latency))
+        trace = chrome_trace(program, forecast, memory_over_time(program, partition))
         Path(options.trace).write_text(json.dumps(trace))
 
 
