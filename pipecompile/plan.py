@@ -135,7 +135,7 @@ def _path(steps: Any) -> Path:
 
 
 def _spec(whole: Mapping[str, Any]) -> Spec:
-    return Spec(tuple(whole["shape"]), whole["dtype"], whole["gradient"])
+    return Spec(tuple(whole["shape"]), whole["dtype"], whole["gradient"], tuple(whole["order"]))
 
 
 def _value(whole: Mapping[str, Any]) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from pipecompile import Pipe
 from pipecompile.compare import Tensors, buffers, differences, gradients
-from tests.models import Loss
+from tests.models import MODELS, Loss
 
 SUMMED = 1e-6
 """The relative difference that a gradient may show where several stages' parts of it are summed."""
@@ -45,6 +46,16 @@ def accumulate(model: nn.Module, batch: Any, loss: Loss | None, microbatches: in
         value.backward()
         total = total + value.detach()
     return Outcome.of(model, total)
+
+
+@functools.cache
+def unsplit(name: str, microbatches: int) -> Outcome:
+    """The first step of one of the six models."""
+    model, batch, loss = MODELS[name]()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False  # compile does the same, and the plan says so
+    return accumulate(model, batch, loss, microbatches)
 
 
 def summed_over_stages(pipe: Pipe) -> set[str]:

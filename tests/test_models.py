@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 import pipecompile
 from tests.models import MODELS
-from tests.oracle import Outcome, accumulate, assert_same
+from tests.oracle import Outcome, accumulate, assert_same, unsplit
 
 MICROBATCHES = 4
 SHAPES = [
@@ -20,15 +19,6 @@ SHAPES = [
     ("1f1b", 4, 4, "estimate"),
     ("interleaved-1f1b", 4, 2, "equal"),
 ]
-
-
-@functools.cache
-def unsplit(name: str) -> Outcome:
-    model, batch, loss = MODELS[name]()
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.use_cache = False  # compile does the same, and the plan says so
-    return accumulate(model, batch, loss, MICROBATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +46,7 @@ def test_one_step(name: str, schedule: str, stages: int, ranks: int, costs: str,
     )
     assert all(p.grad is None for p in model.parameters())
     value = pipe.step(batch)
-    assert_same(pipe, Outcome.of(model, value), unsplit(name))
+    assert_same(pipe, Outcome.of(model, value), unsplit(name, MICROBATCHES))
     assert len({fqn for held in pipe.plan.holds for fqn in held}) >= len(list(model.parameters()))
 
 

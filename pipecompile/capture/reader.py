@@ -31,6 +31,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions from the outermost to the innermost in memory; empty if that is their own order, or has gaps."""
+    if tensor.is_contiguous():
+        return ()
+    order = sorted(range(tensor.ndim), key=lambda dimension: -tensor.stride(dimension))
+    return tuple(order) if tensor.permute(order).is_contiguous() else ()
+
+
 @dataclass(slots=True)
 class Reader:
     """Reads one traced graph; ``nodes`` and ``calls`` grow in program order."""
@@ -202,7 +210,8 @@ class Reader:
             while name in self.values:
                 name += "_"
             differentiable = carries and (tensor.is_floating_point() or tensor.is_complex())
-            spec = Spec(tuple(int(size) for size in tensor.shape), dtype_name(tensor.dtype), differentiable)
+            shape = tuple(int(size) for size in tensor.shape)
+            spec = Spec(shape, dtype_name(tensor.dtype), differentiable, memory_order(tensor))
             self.values[name] = spec
             self.storage[name] = root or name
             if differentiable:

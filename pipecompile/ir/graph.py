@@ -12,11 +12,15 @@ ITEM_BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bfloa
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Shape and dtype (a torch dtype's name, ``float32``) of a tensor, and whether a gradient flows back through it."""
+    """Shape and dtype (a torch dtype's name, ``float32``) of a tensor, and whether a gradient flows back through it.
+
+    ``order`` lists the dimensions as they lie in memory, the outermost first; empty where that is their own order.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     gradient: bool = False
+    order: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipecompile.errors import RuntimeFault
-from pipecompile.ir import RECEIVES, Program
+from pipecompile.ir import RECEIVES, Program, Spec
 from pipecompile.runtime.lifetimes import arrivals
 from pipecompile.runtime.messages import Channel, Message, Plans, channels, message_of
 from pipecompile.runtime.transport import Value
@@ -29,7 +29,7 @@ from pipecompile.runtime.transport import Value
 AHEAD = 2
 """Receives posted on each channel before they are needed."""
 
-Blank = tuple[tuple[int, ...], torch.dtype] | None
+Blank = Spec | None
 """What a buffer looks like; None: a value that is None."""
 Posted = tuple[list[Any], list[Value]]
 
@@ -85,7 +85,11 @@ class Channels:
                 self._post(channel, blanks)
 
     def send(self, message: Message, values: Sequence[Value]) -> None:
-        tensors = [value.contiguous() for value in values if value is not None and value.numel()]
+        tensors = [
+            _as_it_lies(value, spec).contiguous()
+            for value, spec in zip(values, message.specs)
+            if value is not None and value.numel()
+        ]
         works = [self._start_send(message.channel, tensor) for tensor in tensors]
         self._sent[message.channel].append((works, tensors))
 
@@ -118,10 +122,10 @@ class Channels:
         values: list[Value] = []
         works = []
         for blank in blanks:
-            value = None if blank is None else torch.empty(blank[0], dtype=blank[1], device=self._device)
+            value = None if blank is None else _empty(blank, self._device)
             values.append(value)
-            if value is not None and value.numel():
-                works.append(self._start_receive(channel, value))
+            if value is not None and blank is not None and value.numel():
+                works.append(self._start_receive(channel, _as_it_lies(value, blank)))
         self._posted[channel].append((works, values))
 
     def _start_send(self, channel: Channel, tensor: Tensor) -> Any:
@@ -161,7 +165,18 @@ def _broken(whom: str) -> RuntimeFault:
 
 
 def _blanks(message: Message) -> tuple[Blank, ...]:
-    return tuple(None if spec.dtype == "none" else (spec.shape, getattr(torch, spec.dtype)) for spec in message.specs)
+    return tuple(None if spec.dtype == "none" else spec for spec in message.specs)
+
+
+def _empty(spec: Spec, device: torch.device) -> Tensor:
+    """Memory laid out as it was when the model was compiled: another layout means other kernels, and other last bits."""
+    order = spec.order or tuple(range(len(spec.shape)))
+    return torch.empty_permuted(spec.shape, order, dtype=getattr(torch, spec.dtype), device=device)
+
+
+def _as_it_lies(value: Tensor, spec: Spec) -> Tensor:
+    """The same memory with its dimensions from the outermost to the innermost."""
+    return value.permute(spec.order) if spec.order else value
 
 
 def _plan_receives(
