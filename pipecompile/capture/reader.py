@@ -35,7 +35,8 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """The dimensions from the outermost to the innermost in memory; empty if that is their own order, or has gaps."""
     if tensor.is_contiguous():
         return ()
-    order = sorted(range(tensor.ndim), key=lambda dimension: -tensor.stride(dimension))
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dimension: -strides[dimension])
     return tuple(order) if tensor.permute(order).is_contiguous() else ()
 
 
