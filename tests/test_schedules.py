@@ -12,7 +12,7 @@ from pipecompile.cli import main
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Program, Routes, Shape, StageCost, Timetable
 from pipecompile.passes.communicate import chain, communicate
-from pipecompile.passes.schedules import find_schedule, make_timetable, schedule_names
+from pipecompile.passes.schedules import check_shape, find_schedule, make_timetable, schedule_names
 from pipecompile.passes.verify import verify
 from pipecompile.simulate import Link, compute_spans, needs, simulate
 from pipecompile.timeline import computations, draw
@@ -282,8 +282,9 @@ def test_interleaved_closed_forms(v):
     ],
 )
 def test_refused_shapes(name, shape, words):
-    with pytest.raises(ScheduleError, match=words):
-        make_timetable(name, shape)
+    for ask in (make_timetable, check_shape):
+        with pytest.raises(ScheduleError, match=words):
+            ask(name, shape)
 
 
 def test_costs_must_fit_the_stages():

@@ -61,7 +61,8 @@ class Forms:
 class Schedule:
     """A named schedule: how it orders, where it places stages, how many stages a rank it is made for (0: any).
 
-    ``instead`` names a schedule for the shapes that ``per_rank`` refuses. ``flushes``: all microbatches see the same
+    ``instead`` names a schedule for the shapes that ``per_rank`` refuses; ``refuses`` gives its reasons against others,
+    with the nearest shape that it allows, or nothing. ``flushes``: all microbatches see the same
     weights, as accumulation on the unsplit model does.
     """
 
@@ -72,6 +73,7 @@ class Schedule:
     instead: str = ""
     flushes: bool = True
     forms: Forms | None = None
+    refuses: Callable[[Shape], str] | None = None
 
 
 _SCHEDULES: dict[str, Schedule] = {}
@@ -94,11 +96,12 @@ def schedule(
     instead: str = "",
     flushes: bool = True,
     forms: Forms | None = None,
+    refuses: Callable[[Shape], str] | None = None,
 ) -> Callable[[Order], Order]:
     """Register a function as the schedule ``name``."""
 
     def register(order: Order) -> Order:
-        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead, flushes, forms)
+        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead, flushes, forms, refuses)
         return order
 
     return register
@@ -150,8 +153,12 @@ def make_timetable(
     return timetable_of(found, shape, Setting(known, link or Link(), tuple(limits), optimizer_factor))
 
 
-def timetable_of(found: Schedule, shape: Shape, setting: Setting) -> Timetable:
-    """What ``found`` makes of a shape that it allows; ScheduleError says why not and what would do."""
+def check_shape(name: str, shape: Shape) -> None:
+    """Raise ScheduleError if schedule ``name`` is unknown or does not allow ``shape``; costs next to nothing."""
+    _check(find_schedule(name), shape)
+
+
+def _check(found: Schedule, shape: Shape) -> None:
     each = shape.stages // shape.ranks
     if found.per_rank and each != found.per_rank:
         other = f", or use --schedule {found.instead}" if found.instead else ""
@@ -160,6 +167,14 @@ def timetable_of(found: Schedule, shape: Shape, setting: Setting) -> Timetable:
             f"not {shape.stages} stages on {shape.ranks} ranks; "
             f"use --stages {shape.ranks * found.per_rank} --ranks {shape.ranks}{other}"
         )
+    reason = found.refuses(shape) if found.refuses else ""
+    if reason:
+        raise ScheduleError(reason)
+
+
+def timetable_of(found: Schedule, shape: Shape, setting: Setting) -> Timetable:
+    """What ``found`` makes of a shape that it allows; ScheduleError says why not and what would do."""
+    _check(found, shape)
     placed = replace(shape, placement=found.placement(shape))
     made = found.order(placed, setting)
     return made if isinstance(made, Timetable) else Timetable(found.name, placed, made)

@@ -14,7 +14,6 @@ one operation that takes F + B and ends as a whole, (p-1)(F + B + B - 3W). 2p+1 
 
 from __future__ import annotations
 
-from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Shape
 from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.tasks import backward, backward_input, backward_weight, forward
@@ -86,11 +85,15 @@ def _row(shape: Shape, rank: int) -> tuple[Instruction, ...]:
 FORMS = Forms("(p-1)*(F+I-W)/2", "2*p+1", "(m >= 2*p) & Eq(F, I)", "m >= 2*p")
 
 
-@schedule("dualpipe-v", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
+def _too_few(shape: Shape) -> str:
+    if shape.microbatches >= shape.stages:
+        return ""
+    return (
+        f"dualpipe-v pairs microbatches on the way down with others on the way up and needs at least as many as "
+        f"stages, not {shape.microbatches} for {shape.stages} stages; use --microbatches {shape.stages}"
+    )
+
+
+@schedule("dualpipe-v", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS, refuses=_too_few)
 def dualpipe_v(shape: Shape, setting: Setting) -> Rows:
-    if shape.microbatches < shape.stages:
-        raise ScheduleError(
-            f"dualpipe-v pairs microbatches on the way down with others on the way up and needs at least as many as "
-            f"stages, not {shape.microbatches} for {shape.stages} stages; use --microbatches {shape.stages}"
-        )
     return tuple(_row(shape, rank) for rank in range(shape.ranks))

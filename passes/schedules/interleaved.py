@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Shape
 from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
@@ -46,11 +45,15 @@ def _row(shape: Shape, rank: int) -> tuple[Instruction, ...]:
 FORMS = Forms("(p-1)*(F+I+W)/v", "Min(m*v, 2*(p-r-1)+(v-1)*p+1)", "m >= p", "Eq(Mod(m, p), 0)")
 
 
-@schedule("interleaved-1f1b", forms=FORMS)
+def _one_stage(shape: Shape) -> str:
+    if shape.stages > shape.ranks:
+        return ""
+    return (
+        f"interleaved-1f1b needs at least two stages on each rank, not {shape.stages} stages on {shape.ranks} "
+        f"ranks; use --stages {2 * shape.ranks}, or --schedule 1f1b"
+    )
+
+
+@schedule("interleaved-1f1b", forms=FORMS, refuses=_one_stage)
 def interleaved_1f1b(shape: Shape, setting: Setting) -> Rows:
-    if shape.stages == shape.ranks:
-        raise ScheduleError(
-            f"interleaved-1f1b needs at least two stages on each rank, not {shape.stages} stages on {shape.ranks} "
-            f"ranks; use --stages {2 * shape.ranks}, or --schedule 1f1b"
-        )
     return tuple(_row(shape, rank) for rank in range(shape.ranks))
