@@ -6,6 +6,9 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TextIO
+
+from pipecompile.cli.output import standard_output
 
 DEFAULT_MICROBATCHES_PER_RANK = 2
 
@@ -28,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    with standard_output(options.json) as out:
+        return _run(options, out)
+
+
+def _run(options: argparse.Namespace, out: TextIO) -> int:
     import pipecompile
     from pipecompile.model_file import read_model_file
 
@@ -51,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     )
     pipe.save(options.out)
     if options.json:
-        print(json.dumps({"build": str(options.out), "plan": pipe.plan.to_json()}))
+        print(json.dumps({"build": str(options.out), "plan": pipe.plan.to_json()}), file=out)
     else:
         print(pipe.plan)
         print(f"\nwritten to {options.out}: pipecompile verify {options.out}, pipecompile run {options.out}")

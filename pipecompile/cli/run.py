@@ -9,6 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
+
+from pipecompile.cli.output import standard_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.local or "RANK" in os.environ:
-        return _train(options)
+        with standard_output(options.json) as out:
+            return _train(options, out)
     return _start_ranks(options)
 
 
@@ -41,7 +45,7 @@ def _start_ranks(options: argparse.Namespace) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace, out: TextIO) -> int:
     import torch
     import torch.distributed as dist
 
@@ -64,7 +68,7 @@ def _train(options: argparse.Namespace) -> int:
             print(f"step {index:4}  loss {losses[-1]:.6f}", flush=True)
     seconds = time.perf_counter() - begin
     if pipe.rank == 0 and options.json:
-        print(json.dumps({"losses": losses, "seconds": seconds, "ranks": pipe.ranks}))
+        print(json.dumps({"losses": losses, "seconds": seconds, "ranks": pipe.ranks}), file=out)
     elif pipe.rank == 0:
         where = f"on {pipe.ranks} ranks" if not options.local else "in one process"
         print(f"{options.steps} steps {where} in {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")

@@ -1,0 +1,150 @@
+"""The command line: compile, verify, run and the commands without a model; ``--json`` prints one object and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipecompile.cli import main
+
+MODEL = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+def model():
+    print("a model may print")
+    layers = [layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Dropout(0.1), nn.Tanh())]
+    return nn.Sequential(*layers, nn.BatchNorm1d(6))
+
+def batch():
+    g = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(8, 6, generator=g), "y": torch.randn(8, 6, generator=g)}
+
+def loss(model, batch):
+    return F.mse_loss(model(batch["x"]), batch["y"])
+
+def optimizer(parameters):
+    return torch.optim.SGD(parameters, lr=0.3)
+"""
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    (tmp_path / "model.py").write_text(MODEL)
+    words = [str(tmp_path / "model.py"), "--stages", "4", "--microbatches", "4", "--costs", "estimate"]
+    assert main([*words, "--out", str(tmp_path / "build")]) == 0
+    return tmp_path / "build"
+
+
+def one_object(text: str) -> dict:
+    assert text.count("\n") == 1, text
+    return json.loads(text)
+
+
+def command(*words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | extra
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+def test_compile_prints_the_plan_and_writes_the_build(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(build.parent / "model.py"), "--stages", "4", "--microbatches", "4", "--costs", "estimate"]
+    assert main([*words, "--out", str(build)]) == 0
+    out = capsys.readouterr().out
+    assert "Sequential: 4 stages on 4 ranks, 4 microbatches, 1f1b" in out
+    assert "forecast:" in out
+    files = {str(path.relative_to(build)) for path in build.rglob("*") if path.is_file()}
+    stages = {f"stages/stage_{index}.py" for index in range(4)}
+    assert files == {"plan.json", "program.json", "program.txt", "manifest.json"} | stages
+    program = json.loads((build / "program.json").read_text())
+    assert {"version", "schedule", "stages", "ranks", "microbatches", "placement", "programs"} <= set(program)
+    assert program["programs"][0][0] == {"op": "FORWARD", "stage": 0, "microbatch": 0}
+    assert (build / "program.txt").read_text().startswith("0F0 0SEND_F0>1")
+
+
+def test_compile_json(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    words = [str(build.parent / "model.py"), "--stages", "2", "--costs", "estimate", "--json"]
+    assert main([*words, "--out", str(build)]) == 0
+    whole = one_object(capsys.readouterr().out)
+    assert len(whole["plan"]["stages"]) == 2
+    assert whole["plan"]["microbatches"] == 4, "twice the ranks, if that divides the batch"
+
+
+def test_verify(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["verify", str(build)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("bit-equal") == 3
+    assert "equal to the unsplit model (1f1b, 4 stages, 4 microbatches)" in out
+    assert main(["verify", str(build), "--json"]) == 0
+    whole = one_object(capsys.readouterr().out)
+    assert whole["ok"] is True
+    assert len(whole["steps"]) == 3
+
+
+def test_verify_finds_a_wrong_stage(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = build / "stages/stage_1.py"
+    lines = stage.read_text().splitlines()
+    last = max(index for index, line in enumerate(lines) if line.strip().startswith("return ("))
+    name = lines[last].strip().removeprefix("return (").removesuffix(",)")
+    lines.insert(last, f"        {name} = {name} * 1.01")
+    stage.write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert main(["verify", str(build)]) == 1
+    assert "'stages/stage_1.py' was changed" in capsys.readouterr().err
+    assert main(["verify", str(build), "--trust", "--json"]) == 1
+    whole = one_object(capsys.readouterr().out)
+    assert whole["ok"] is False
+    assert whole["worst"]
+
+
+def test_run_in_one_process(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["run", str(build), "--local", "--steps", "15", "--json"]) == 0
+    losses = one_object(capsys.readouterr().out)["losses"]
+    assert len(losses) == 15
+    assert losses[-1] < losses[0]
+
+
+def test_run_and_torchrun_give_the_losses_of_one_process(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["run", str(build), "--local", "--steps", "3", "--json"]) == 0
+    expected = one_object(capsys.readouterr().out)["losses"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "pipecompile"]
+    for words in (["-m", "pipecompile"], torchrun):
+        done = command(*words, "run", str(build), "--steps", "3", "--json")
+        assert done.returncode == 0, done.stderr
+        assert one_object(done.stdout)["losses"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_wrong_number_of_processes_is_refused(build: Path) -> None:
+    done = command(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipecompile", "run", str(build)
+    )
+    assert done.returncode != 0
+    assert "the program is for 4 ranks, but 2 processes run; start it with torchrun --nproc-per-node 4" in done.stderr
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("", "run", "verify", "schedule", "partition"):
+        with pytest.raises(SystemExit) as ended:
+            main([*([name] if name else []), "--help"])
+        assert ended.value.code == 0
+        assert "--json" in capsys.readouterr().out
+    assert "pipecompile" in command("-m", "pipecompile", "--help").stdout
+
+
+def test_schedule_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["schedule", "1f1b", "--stages", "2", "--ranks", "2", "--microbatches", "2"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("0F0 0SEND_F0>1")
+    assert main([*words, "--json"]) == 0
+    assert one_object(capsys.readouterr().out)["schedule"] == "1f1b"

@@ -1,0 +1,41 @@
+"""What an installation holds: every package, no more; the passes under one name only."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_package_list_is_complete() -> None:
+    folders = {path.parent for top in ("pipecompile", "passes") for path in (ROOT / top).rglob("__init__.py")}
+    names = {
+        ".".join(folder.relative_to(ROOT).parts)
+        for folder in folders
+        if folder.relative_to(ROOT).parts[:2] != ("pipecompile", "passes")
+    }
+    expected = {f"pipecompile.{name}" if name.startswith("passes") else name for name in names}
+    assert set(SETUP["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_the_passes_have_one_name() -> None:
+    assert (ROOT / "pipecompile/passes").resolve() == ROOT / "passes"
+    done = subprocess.run(
+        [sys.executable, "-c", "import passes"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 1
+    assert "import the passes as pipecompile.passes, not as 'passes'" in done.stderr
+
+
+def test_commands_without_a_model_start_without_torch() -> None:
+    code = "import sys, pipecompile.cli.partition, pipecompile; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_licence_is_apache() -> None:
+    assert SETUP["project"]["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
