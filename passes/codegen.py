@@ -116,8 +116,7 @@ class _Source:
         plan = self.body.plan
         statements = self._statements(self.body.nodes)
         arguments = ["self", "batch", *(port.name for port in plan.inputs)]
-        lines = statement("", "    def forward", arguments, 0)
-        lines[-1] += ":"
+        lines = statement("", "def forward", arguments, 4, ":")
         lines += self._batch({name for node in self.body.nodes for name in node.reads} | {p.name for p in plan.outputs})
         if self.body.replicated:
             lines += [f"        {_target(self._helper_results())} = self._replicated(batch)"]
@@ -136,7 +135,7 @@ class _Source:
             module = None
             for node in group:
                 if node.kind == "op" and node.module != module:
-                    lines += [f"{' ' * indent}# {_safe(node.module) or 'loss'}"]
+                    lines += [f"{' ' * indent}# {_safe(node.module) or 'the model itself, and its loss'}"]
                 module = node.module if node.kind == "op" else None
                 lines += [f"{' ' * indent}reseed({node.stream})"] if node.stream >= 0 else []
                 lines += self._node(node, indent)
@@ -155,8 +154,7 @@ class _Source:
         if all(not value.path for value in outputs):
             return statement(outputs[0].name, function, arguments, indent)
         if len(outputs) == 1:
-            lines = statement(outputs[0].name, function, arguments, indent)
-            return [*lines[:-1], lines[-1] + path_text(outputs[0].path)]
+            return statement(outputs[0].name, function, arguments, indent, path_text(outputs[0].path))
         if _is_row(node):
             return statement(", ".join(value.name for value in outputs), function, arguments, indent)
         whole = f"{outputs[0].name}_result"

@@ -15,7 +15,7 @@ import torch
 
 from pipecompile.ir import Attribute, Node, Path, Ref
 
-WIDTH = 112
+WIDTH = 120
 BINARY = {"add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "__and__.Tensor": "&",
           "__or__.Tensor": "|", "eq.Scalar": "==", "eq.Tensor": "==", "ne.Scalar": "!=", "ne.Tensor": "!=",
           "lt.Tensor": "<", "lt.Scalar": "<", "le.Tensor": "<=", "le.Scalar": "<=", "gt.Tensor": ">", "gt.Scalar": ">",
@@ -29,9 +29,16 @@ METHODS = {"view.default", "reshape.default", "transpose.int", "permute.default"
            "log.default", "neg.default", "add_.Tensor", "mul_.Tensor", "type_as.default", "t.default"}  # fmt: skip
 FUNCTIONS = {"linear.default": "F.linear", "layer_norm.default": "F.layer_norm", "silu.default": "F.silu",
              "gelu.default": "F.gelu", "scaled_dot_product_attention.default": "F.scaled_dot_product_attention",
-             "conv2d.default": "F.conv2d", "cat.default": "torch.cat", "where.self": "torch.where",
+             "conv2d.default": "F.conv2d", "pad.default": "F.pad", "cat.default": "torch.cat", "where.self": "torch.where",
              "stack.default": "torch.stack", "arange.default": "torch.arange",
              "arange.start": "torch.arange"}  # fmt: skip
+
+SPREAD = {"view.default", "reshape.default", "permute.default", "expand.default"}
+"""Methods whose sizes or dimensions people write without brackets."""
+LOSSES = {"cross_entropy_loss.default": "F.cross_entropy", "mse_loss.default": "F.mse_loss"}
+"""Losses that are called by another name, alike as long as they have no options."""
+END = 2**63 - 1
+"""What a slice without an end has for one."""
 
 
 def attribute(fqn: str) -> str:
@@ -102,11 +109,18 @@ class Renderer:
         short = node.target.removeprefix("aten.")
         if not named and short in BINARY and len(arguments) == 2:
             return f"{arguments[0]} {BINARY[short]} {arguments[1]}", []
+        if short == "slice.Tensor" and not named and (brackets := slice_text(node.args)):
+            return f"{arguments[0]}[{brackets}]", []
+        if short in SPREAD and len(node.args) == 2 and isinstance(node.args[1], list) and node.args[1]:
+            arguments[1:] = map(self.value, node.args[1])
         if short in METHODS and node.args and isinstance(node.args[0], Ref):
             return f"{arguments[0]}.{short.split('.')[0]}", [*arguments[1:], *named, ""]
         if short == "embedding.default" and len(arguments) == 2:
             self.modules.add("F")
             return "F.embedding", [arguments[1], arguments[0]]
+        if short in LOSSES and len(arguments) == 2 and not named:
+            self.modules.add("F")
+            return LOSSES[short], arguments
         if short in FUNCTIONS:
             named = [n for n in named if n != "pin_memory=False"]
             self.modules.add(FUNCTIONS[short].split(".")[0])
@@ -116,6 +130,15 @@ class Renderer:
             return f"torch.ops.{node.target}", arguments + named
         self.modules.add("aten")
         return node.target, arguments + named
+
+
+def slice_text(args: tuple[Any, ...]) -> str:
+    """``:, 1:`` for a slice of dimension 1 from position 1; empty where it takes more than that to say."""
+    _, *rest = args
+    if len(rest) != 3 or not all(isinstance(part, int) for part in rest) or rest[0] < 0:
+        return ""
+    dimension, start, end = rest
+    return f"{':, ' * dimension}{start or ''}:{'' if end == END else end}"
 
 
 def keyword_argument(key: str, text: str) -> str:
@@ -132,16 +155,16 @@ def string(whole: Any) -> str:
     return text
 
 
-def statement(target: str, function: str, arguments: list[str], indent: int) -> list[str]:
-    """``target = function(arguments)`` as lines no wider than WIDTH where that can be."""
+def statement(target: str, function: str, arguments: list[str], indent: int, suffix: str = "") -> list[str]:
+    """``target = function(arguments)suffix`` as lines no wider than WIDTH where that can be."""
     pad, inner = " " * indent, " " * (indent + 4)
     left = f"{target} = " if target else ""
     if not arguments:
-        return [f"{pad}{left}{function}"]
+        return [f"{pad}{left}{function}{suffix}"]
     given = [argument for argument in arguments if argument]
-    line = f"{pad}{left}{function}({', '.join(given)})"
+    line = f"{pad}{left}{function}({', '.join(given)}){suffix}"
     if len(line) <= WIDTH:
         return [line]
     if len(inner) + len(", ".join(given)) <= WIDTH:
-        return [f"{pad}{left}{function}(", f"{inner}{', '.join(given)}", f"{pad})"]
-    return [f"{pad}{left}{function}(", *(f"{inner}{argument}," for argument in given), f"{pad})"]
+        return [f"{pad}{left}{function}(", f"{inner}{', '.join(given)}", f"{pad}){suffix}"]
+    return [f"{pad}{left}{function}(", *(f"{inner}{argument}," for argument in given), f"{pad}){suffix}"]

@@ -1,0 +1,33 @@
+"""Stage 1 of 4 (counted from 0).
+
+Receives
+    hidden_states_2  float32[2, 16, 32]  from stage 0
+
+Gives
+    hidden_states_3  float32[2, 16, 32]  to stage 2
+
+Parameters: 12 tensors, 50,816 bytes
+Cost of a microbatch: forward 0.0758 ms, backward 0.152 ms, 303,104 bytes kept for backward
+"""
+
+import torch
+
+from pipecompile.runtime import Stage, device_of
+
+
+class Stage1(Stage):
+    def _replicated(self, batch):
+        """Cheap values without a gradient that every reading stage computes."""
+        device = device_of(self, batch)
+        # transformer
+        arange = torch.arange(16, device=device)
+        add = arange + 0
+        position_ids = add.unsqueeze(0)
+        return (position_ids,)
+
+    def forward(self, batch, hidden_states_2):
+        (position_ids,) = self._replicated(batch)
+        hidden_states_3 = self.transformer.h[1](
+            hidden_states_2, None, None, None, encoder_attention_mask=None, use_cache=False, position_ids=position_ids
+        )
+        return (hidden_states_3,)
