@@ -105,7 +105,10 @@ def solve(problem: Problem, method: str = "default") -> Answer:
     known = partitioners()
     if method not in known:
         raise PartitionError(f"partitioner {method!r} is unknown; expected one of {', '.join(known)}")
-    answer = known[method](problem)
+    from pipecompile.passes.partitioners.large import LARGE, cut_large  # it imports partitioners, which register here
+
+    cut = known[method]
+    answer = cut_large(problem, cut) if problem.nodes > LARGE and method != "exact" else cut(problem)
     if answer is None:
         kind, why = (MemoryLimitError, "the memory") if problem.limits else (PartitionError, "the time limit")
         raise kind(f"{method} found no partition into {problem.stages} stages within {why}; try --method default")

@@ -149,7 +149,7 @@ def contiguous(problem: Problem) -> Answer | None:
     least = min(fastest(problem, on)[0] for on in lines)
     if least == np.inf:
         return None
-    cap = (1 + problem.tolerance) * least
+    cap = max(least, min((1 + problem.tolerance) * least, problem.cap))
     found = []
     for on in lines:
         cost, boundaries = cheapest(problem, on, cap)

@@ -43,6 +43,8 @@ class Problem:
     limits: Limits | None = None
     tolerance: float = 0.05
     time_limit: float = 15.0
+    cap: float = float("inf")
+    """A time that no stage should take more than, if there is a partition without."""
 
     @property
     def nodes(self) -> int:
@@ -113,9 +115,9 @@ def time_cap(problem: Problem, quick: Answer) -> float:
     """The time every stage may take, from the least time found. A small gap to the bound is not used, so that the cap
     is within the tolerance of the optimum whatever that is; where the gap is larger the time found is believed."""
     found, tolerance = max(problem.times(quick.stage)), 1 + problem.tolerance
-    if found * (1 - SMALL_GAP) <= quick.bound_ms < found * (1 - CLOSE):
-        return max(found, quick.bound_ms * tolerance)
-    return found * tolerance
+    small_gap = found * (1 - SMALL_GAP) <= quick.bound_ms < found * (1 - CLOSE)
+    cap = quick.bound_ms * tolerance if small_gap else found * tolerance
+    return max(found, min(cap, problem.cap))
 
 
 def make(
