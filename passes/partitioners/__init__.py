@@ -168,7 +168,8 @@ def _limits(
         if len(values) != stages:
             raise PartitionError(f"{what} has {len(values)} entries for {stages} stages, expected one for each")
     ranks = max(rank) + 1
-    limit = (memory,) * ranks if isinstance(memory, int) else tuple(memory)
+    given = (memory,) if isinstance(memory, int) else tuple(memory)
+    limit = given * ranks if len(given) == 1 else given
     if len(limit) != ranks:
         raise PartitionError(f"{len(limit)} memory limits given for {ranks} ranks, expected one number or {ranks}")
     return Limits(limit, rank, flying)

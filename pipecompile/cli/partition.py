@@ -11,7 +11,8 @@ from pipecompile.errors import PartitionError
 from pipecompile.ir import Partition
 from pipecompile.ir.cost_file import read_cost_graph
 from pipecompile.machine import format_bytes, parse_bytes
-from pipecompile.passes.partitioners import partition
+from pipecompile.passes.partitioners import evaluate_answer, pose, solve
+from pipecompile.passes.partitioners.explain import explain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit", type=float, default=15.0, metavar="SECONDS", help="for the search (default: 15)"
     )
+    parser.add_argument("--explain", action="store_true", help="what crosses each cut, the next best cut, and the gaps")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     file = read_cost_graph(options.graph)
-    found = partition(
+    problem = pose(
         file.graph,
         options.stages,
         tolerance=options.tolerance,
-        method=options.method,
         memory=None if options.memory is None else tuple(parse_bytes(size) for size in options.memory.split(",")),
         in_flight=_numbers("--in-flight", options.in_flight, int),
         placement=_numbers("--placement", options.placement, int),
@@ -58,11 +59,19 @@ def run(options: argparse.Namespace) -> None:
         bandwidths=_numbers("--bandwidths", options.bandwidths, float),
         time_limit=options.time_limit,
     )
+    answer = solve(problem, options.method)
+    found = evaluate_answer(file.graph, problem, answer)
     seconds = time.perf_counter() - start
+    why = explain(file.graph, problem, found) if options.explain else None
     if options.json:
-        print(json.dumps(_to_json(found, file.by_id(found.stage), seconds)))
+        whole = _to_json(found, file.by_id(found.stage), seconds)
+        if options.bandwidths:
+            whole |= {"traffic": problem.traffic(found.stage), "bound_traffic": answer.bound_bytes}
+        print(json.dumps(whole | ({"explain": why.to_json()} if why else {})))
     else:
         print(_text(found, file.graph.unit, seconds))
+        if why:
+            print(why)
 
 
 def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
