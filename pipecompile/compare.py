@@ -54,7 +54,13 @@ def differences(got: Tensors, expected: Tensors, what: str) -> Iterator[Differen
             continue
         allowed = TOLERANCE.get(reference.dtype, 0.0)
         gap = _norm(mine.to(reference.device, torch.float64) - reference.to(torch.float64))
-        yield Difference(label, gap / max(norms[name], floor) if gap else 0.0, allowed)
+        yield Difference(label, _ratio(gap, max(norms[name], floor)), allowed)
+
+
+def _ratio(gap: float, scale: float) -> float:
+    if not gap:
+        return 0.0
+    return gap / scale if scale else math.inf
 
 
 def _norm(tensor: Tensor | None) -> float:
