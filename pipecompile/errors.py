@@ -33,6 +33,10 @@ class BuildError(PipecompileError):
     """A build directory is missing something, was changed, or was made by another version."""
 
 
+class CheckpointError(PipecompileError):
+    """A checkpoint does not fit the model, is damaged, or cannot be written; the message names the tensor."""
+
+
 class BatchError(PipecompileError):
     """A batch does not fit the program: not divisible, or of another shape than the compiled one."""
 

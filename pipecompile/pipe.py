@@ -21,6 +21,10 @@ from pipecompile.ir import Forecast, Program
 from pipecompile.model_file import ModelFile, read_model_file
 from pipecompile.plan import Plan
 from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, begin_microbatch, own_streams, split, watch
+from pipecompile.saving import Share, load_weights, save_weights
+from pipecompile.weights.checkpoint import open_checkpoint
+from pipecompile.weights.layout import Layout
+from pipecompile.weights.materialise import materialise
 
 Files = Mapping[str, str]
 
@@ -58,12 +62,11 @@ class Pipe:
         self.program = Program.from_json(_json(files, "program.json"))
         self.loss = loss
         watch(model, self.plan.random)
-        self.rank, self.ranks = (0, 1) if local else _world(self.program.shape.ranks)
-        placement = self.program.shape.placement
-        mine = [s for s, rank in enumerate(placement) if self.ranks == 1 or rank == self.rank]
+        self.rank, self.ranks, mine = stages_here(self.program, local)
         self._stages: dict[int, Stage] = {s: self._make(s, model) for s in mine}
         self.seed = seed
         self.steps = 0
+        self._layout = Layout.of(model)
         self._timeout_s = timeout_s
         self._runtime: LocalRuntime | RankRuntime | None = None
 
@@ -183,9 +186,33 @@ class Pipe:
             torch.autograd.backward([total])
         return total.detach()
 
+    def share(self) -> Share:
+        """What this process has of the model's weights."""
+        return Share(self._layout, self.plan.holds, self._stages, self.rank, self.ranks)
+
+    def save_weights(self, directory: str | Path) -> None:
+        """Write the model's weights under its own names: safetensors and an index, each rank its shards.
+
+        ``from_pretrained`` and ``load_state_dict(strict=True)`` read them. Older weights there are replaced whole;
+        CheckpointError if the directory holds anything else.
+        """
+        save_weights(self.share(), directory)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Fill this process's stages from a checkpoint of the whole model: a safetensors file, an index, or a folder
+        with either. CheckpointError names a tensor that is missing, extra, of another shape or dtype, or cut off.
+        """
+        load_weights(self.share(), path)
+
     def save(self, directory: str | Path) -> None:
         """Write the build directory; an older build there is replaced, anything else refused with BuildError."""
         write_build(directory, self._files)
+
+
+def stages_here(program: Program, local: bool = False) -> tuple[int, int, list[int]]:
+    """This process's rank, the number of processes (1 where all ranks run in this one), and the stages that it runs."""
+    rank, ranks = (0, 1) if local else _world(program.shape.ranks)
+    return rank, ranks, [s for s, home in enumerate(program.shape.placement) if ranks == 1 or home == rank]
 
 
 def read_files(directory: str | Path, trust: bool = False) -> dict[str, str]:
@@ -197,13 +224,37 @@ def open_build(
     directory: str | Path, trust: bool = False, *, local: bool = False, timeout_s: float = 300.0
 ) -> tuple[Pipe, nn.Module, ModelFile]:
     """A build made from a model file: its pipe, the model that the file makes, and the file."""
+    files, file = _files_and_model_file(directory, trust)
+    model = file.model()
+    return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), model, file
+
+
+def open_share(
+    directory: str | Path,
+    trust: bool = False,
+    *,
+    local: bool = False,
+    timeout_s: float = 300.0,
+    weights: str | Path | None = None,
+) -> tuple[Pipe, ModelFile]:
+    """A build's pipe with this process's part of the model, the only one that is ever in memory; and the model file.
+
+    The values are those of the file's ``model()``, or of the checkpoint ``weights``.
+    """
+    files, file = _files_and_model_file(directory, trust)
+    plan = Plan.from_json(_json(files, "plan.json"))
+    program = Program.from_json(_json(files, "program.json"))
+    owned = {name for stage in stages_here(program, local)[2] for name in plan.holds[stage]}
+    model = materialise(file.model, owned, open_checkpoint(weights) if weights is not None else None)
+    return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), file
+
+
+def _files_and_model_file(directory: str | Path, trust: bool) -> tuple[dict[str, str], ModelFile]:
     files = read_files(directory, trust)
     source = Plan.from_json(_json(files, "plan.json")).source
     if "file" not in source:
         raise BuildError(f"build {str(directory)!r} was made in Python, not of a model file; use pipecompile.load")
-    file = read_model_file(Path(directory).resolve() / source["file"], "" if trust else source["sha256"])
-    model = file.model()
-    return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), model, file
+    return files, read_model_file(Path(directory).resolve() / source["file"], "" if trust else source["sha256"])
 
 
 def _json(files: Files, name: str) -> Any:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pipecompile.cli.output import standard_output
 
@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train with a build: one process for each rank, started by torchrun, or all ranks in this one."
     parser.add_argument("build", help="a build directory")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default 100)")
+    parser.add_argument("--save", metavar="DIR", help="write checkpoints there, the last one after the last step")
+    parser.add_argument("--save-every", type=int, default=0, metavar="N", help="also write one after every N steps")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--load", metavar="PATH", help="start from the weights of a safetensors file, index or folder")
+    start.add_argument("--resume", metavar="DIR", help="go on from the newest checkpoint that --save wrote there; "
+                       "--steps more are taken")  # fmt: skip
     parser.add_argument("--local", action="store_true", help="run all ranks in this process")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that any wait may take (default 300)")
     parser.add_argument("--trust", action="store_true", help="accept a build whose files were changed")
@@ -41,40 +47,87 @@ def _start_ranks(options: argparse.Namespace) -> int:
     command += ["-m", "pipecompile", "run", str(Path(options.build)), "--steps", str(options.steps)]
     command += ["--timeout", str(options.timeout)]
     command += [flag for flag in ("--trust", "--json") if getattr(options, flag[2:])]
+    for name in ("save", "save_every", "load", "resume"):
+        if value := getattr(options, name):
+            command += [f"--{name.replace('_', '-')}", str(value)]
     environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
     return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _train(options: argparse.Namespace, out: TextIO) -> int:
-    import torch
     import torch.distributed as dist
 
-    from pipecompile.pipe import open_build
+    from pipecompile.errors import CheckpointError
     from pipecompile.runtime import connect
 
+    if options.steps < 1 or options.save_every < 0 or (options.save_every and not options.save):
+        raise CheckpointError(
+            f"--steps {options.steps} --save-every {options.save_every} is no run; expected at least 1 step, and a "
+            "directory for the checkpoints with --save DIR"
+        )
     if not options.local:
         connect(timeout_s=options.timeout)
-    pipe, model, file = open_build(options.build, options.trust, local=options.local, timeout_s=options.timeout)
-    del model
-    optimizer = file.optimizer(pipe.parameters())
-    losses, begin = [], time.perf_counter()
-    for index in range(options.steps):
-        torch.manual_seed(index)
-        loss = pipe.step(file.batch())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-        if pipe.rank == 0 and not options.json and _is_told(index, options.steps):
-            print(f"step {index:4}  loss {losses[-1]:.6f}", flush=True)
+    pipe, file, optimizer = _start(options)
+    first, begin = pipe.steps, time.perf_counter()
+    losses = _loop(options, pipe, file, optimizer)
     seconds = time.perf_counter() - begin
     if pipe.rank == 0 and options.json:
-        print(json.dumps({"losses": losses, "seconds": seconds, "ranks": pipe.ranks}), file=out)
+        print(json.dumps({"losses": losses, "seconds": seconds, "ranks": pipe.ranks, "first_step": first}), file=out)
     elif pipe.rank == 0:
         where = f"on {pipe.ranks} ranks" if not options.local else "in one process"
         print(f"{options.steps} steps {where} in {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
     if not options.local:
         dist.destroy_process_group()
     return 0
+
+
+def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The pipe, at the step from which it goes on, the model file and the optimizer."""
+    import torch
+
+    from pipecompile.pipe import open_share
+    from pipecompile.saving import check_start, load_training
+    from pipecompile.weights.folder import newest
+
+    checkpoint = newest(options.resume) if options.resume else None
+    pipe, file = open_share(
+        options.build,
+        options.trust,
+        local=options.local,
+        timeout_s=options.timeout,
+        weights=checkpoint or options.load,
+    )
+    optimizer = file.optimizer(pipe.parameters())
+    if checkpoint:
+        step = load_training(pipe.share(), checkpoint, optimizer)
+        for index in range(step):  # batches may come from a source that moves on with each
+            torch.manual_seed(index)
+            file.batch()
+        pipe.steps = step
+    if options.save:
+        check_start(options.save, pipe.steps)
+    return pipe, file, optimizer
+
+
+def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> list[float]:
+    """Take the steps and save as asked; their losses."""
+    import torch
+
+    from pipecompile.saving import save_checkpoint
+
+    losses: list[float] = []
+    for taken in range(options.steps):
+        torch.manual_seed(pipe.steps)
+        loss = pipe.step(file.batch())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        if pipe.rank == 0 and not options.json and _is_told(taken, options.steps):
+            print(f"step {pipe.steps - 1:4}  loss {losses[-1]:.6f}", flush=True)
+        due = options.save_every and pipe.steps % options.save_every == 0
+        if options.save and (due or taken == options.steps - 1):
+            save_checkpoint(pipe.share(), options.save, pipe.steps, optimizer)
+    return losses
 
 
 def _is_told(index: int, steps: int) -> bool:

@@ -1,0 +1,190 @@
+"""Saves and loads what a process has of a pipeline: each rank its own shards, rank 0 the index last.
+
+all ranks   rank 0 makes the folder ─▶ each writes its shards ─▶ rank 0 writes the index and gives the folder its name
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipecompile.errors import CheckpointError
+from pipecompile.runtime import from_first_rank
+from pipecompile.weights import folder, optimizer_state, random_state, writing
+from pipecompile.weights.checkpoint import Checkpoint, open_checkpoint
+from pipecompile.weights.layout import Layout, everything
+from pipecompile.weights.tensor_file import Entry, read_header, write_tensors
+
+FORMAT = "pipecompile checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process has: ``stages`` by index, of which ``holds`` gives the names for all; its rank of ``ranks``."""
+
+    layout: Layout
+    holds: Sequence[Sequence[str]]
+    stages: Mapping[int, nn.Module]
+    rank: int
+    ranks: int
+
+    def names(self) -> dict[int, str]:
+        """The canonical name of each parameter of this process by its id()."""
+        canonical = self.layout.canonical
+        return {
+            id(p): canonical.get(name, name)
+            for stage in self.stages.values()
+            for name, p in stage.named_parameters(remove_duplicate=False)
+        }
+
+    def written_names(self) -> dict[int, str]:
+        """The same without those that another process writes."""
+        writers = self.layout.writers(self.holds)
+        return {key: name for key, name in self.names().items() if writers.get(name) in self.stages}
+
+
+def save_weights(share: Share, directory: str | Path) -> None:
+    """Write a folder of weights that from_pretrained and load_state_dict read; older weights there are replaced whole."""
+    target = Path(directory).absolute()
+
+    def begin() -> str:
+        folder.check_replaceable(target)
+        folder.begin(target)
+        return ""
+
+    def finish() -> str:
+        writing.write_index(folder.partial(target), share.layout, share.holds)
+        folder.finish_folder(target)
+        return ""
+
+    from_first_rank(begin)
+    on_every_rank(lambda: writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages))
+    from_first_rank(finish)
+
+
+def load_weights(share: Share, path: str | Path) -> None:
+    """Fill the stages from a checkpoint of the whole model. CheckpointError names the tensor that does not fit."""
+    checkpoint = open_checkpoint(path)
+    groups = share.layout.groups()
+    checkpoint.check_names(groups.values())
+    for stage in share.stages.values():
+        for name, tensor in everything(stage):
+            if name in share.layout.canonical:
+                checkpoint.read(groups[share.layout.canonical[name]], tensor)
+
+
+def save_checkpoint(share: Share, directory: str | Path, step: int, optimizer: Optimizer) -> None:
+    """Write weights, optimizer and random state as the newest checkpoint of ``directory``; the last two are kept."""
+    target = folder.step_folder(Path(directory).absolute(), step)
+
+    def begin() -> str:
+        folder.begin(target)
+        return ""
+
+    def write() -> None:
+        writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages)
+        tensors, rest = optimizer_state.take(optimizer, share.written_names())
+        stem = f"optimizer-{share.rank + 1:05}-of-{share.ranks:05}"
+        write_tensors(folder.partial(target) / f"{stem}.safetensors", tensors)
+        folder.write_text(folder.partial(target) / f"{stem}.json", json.dumps(rest))
+
+    def finish() -> str:
+        index = writing.write_index(folder.partial(target), share.layout, share.holds)
+        files = {path.name: path.stat().st_size for path in sorted(folder.partial(target).iterdir())}
+        state = {"format": FORMAT, "version": VERSION, "step": step, "random": random_state.take(), "files": files}
+        folder.write_text(folder.partial(target) / folder.STATE, json.dumps(state))
+        folder.finish_step(target, index, share.layout.config)
+        return ""
+
+    from_first_rank(begin)
+    on_every_rank(write)
+    from_first_rank(finish)
+
+
+def load_training(share: Share, checkpoint: Path, optimizer: Optimizer) -> int:
+    """Set the optimizer's and the random generators' state from a complete checkpoint; gives its step."""
+    whole = _read_json(checkpoint / folder.STATE)
+    if whole.get("format") != FORMAT or whole.get("version") != VERSION:
+        raise CheckpointError(
+            f"{str(checkpoint)!r} is {whole.get('format')!r} of version {whole.get('version')!r}, but this pipecompile "
+            f"reads {FORMAT!r} of version {VERSION}; resume with the version that wrote it"
+        )
+    names = [str(name) for name in whole["files"]]
+    files = [checkpoint / Path(name).name for name in names if name.startswith("optimizer-")]
+    stored_tensors = _stored_tensors([path for path in files if path.suffix == ".safetensors"])
+    rest = _merged([_read_json(path) for path in files if path.suffix == ".json"])
+    optimizer_state.give(optimizer, share.names(), rest, stored_tensors)
+    random_state.give(whole["random"])
+    return int(whole["step"])
+
+
+def check_start(directory: str | Path, step: int) -> None:
+    """CheckpointError if ``directory`` has a later checkpoint than a run that starts after ``step`` steps."""
+    later = [path for path in folder.complete(Path(directory)) if folder.step_of(path) > step]
+    if later:
+        raise CheckpointError(
+            f"{str(directory)!r} has a checkpoint of step {folder.step_of(later[0])}, but this run starts at step {step} "
+            "and would remove it; go on from it with --resume, or save to another directory"
+        )
+
+
+def on_every_rank(work: Callable[[], None]) -> None:
+    """Do ``work`` on every rank; if it fails on one, it fails on all."""
+    error: Exception | None = None
+    try:
+        work()
+    except (CheckpointError, OSError) as caught:
+        error = caught
+    failed = error is not None
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        anyone = torch.tensor(int(failed), device=device)
+        dist.all_reduce(anyone, dist.ReduceOp.MAX)
+        failed = bool(anyone)
+    if isinstance(error, OSError):
+        raise CheckpointError(f"the checkpoint cannot be written: {error}; give another directory") from error
+    if error is not None:
+        raise error
+    if failed:
+        raise CheckpointError("another rank could not write its part of the checkpoint; look at what it printed")
+
+
+def _stored_tensors(files: list[Path]) -> dict[str, optimizer_state.ReadTensor]:
+    headers = {path: read_header(path) for path in files}
+    places = {name: path for path, header in headers.items() for name in header}
+    source = Checkpoint(files[0].parent, places, headers)
+
+    def read(name: str, entry: Entry) -> Tensor:
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        source.read([name], tensor)
+        return tensor
+
+    return {name: partial(read, name, headers[path][name]) for name, path in places.items()}
+
+
+def _merged(parts: list[Any]) -> dict[str, Any]:
+    """The ranks' states as one; each has groups of its own."""
+    whole: dict[str, Any] = {"class": parts[0]["class"], "groups": [], "parameters": {}}
+    for part in parts:
+        offset = len(whole["groups"])
+        whole["groups"] += part["groups"]
+        for name, state in part["parameters"].items():
+            whole["parameters"][name] = state | {"group": state["group"] + offset}
+    return whole
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read as JSON ({error}); resume from another one") from error

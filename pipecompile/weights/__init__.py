@@ -1,0 +1,1 @@
+"""Weights on disk and in memory: checkpoints read, written and kept, and models of which a rank has only its part."""
