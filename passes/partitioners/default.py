@@ -19,9 +19,12 @@ from pipecompile.passes.partitioners.exact import (
     least_traffic,
     neighbourhoods,
 )
-from pipecompile.passes.partitioners.mincut import BRIEF, few_bytes, lines_of, quickest
+from pipecompile.passes.partitioners.mincut import BRIEF, THOROUGH, few_bytes, lines_of, quickest
 from pipecompile.passes.partitioners.problem import Answer, Problem, time_cap
 from pipecompile.passes.partitioners.windows import windows
+
+QUICK = 300
+"""A thorough search of a graph of so few nodes takes a second or two."""
 
 
 @partitioner("default")
@@ -39,7 +42,8 @@ def default(problem: Problem) -> Answer | None:
     open_windows = windows(problem, cap)
     best = min((a.stage for a in (start, quick) if problem.valid(a.stage, cap)), key=problem.traffic)
     if columns(open_windows) > SMALL:
-        best = few_bytes(problem, lines, cap, open_windows, best, Clock.of(clock.left() * 0.4), BRIEF)
+        effort = THOROUGH if problem.nodes <= QUICK else BRIEF
+        best = few_bytes(problem, lines, cap, open_windows, best, Clock.of(clock.left() * 0.4), effort)
         best = neighbourhoods(problem, best, cap, open_windows, clock.left() * 0.7)
     best, bound = least_traffic(problem, best, cap, open_windows, clock.left())
     return Answer(best, quick.bound_ms, bound)
