@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden zoo
+.PHONY: demo test check setup golden wheel-test zoo
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -23,6 +23,17 @@ check:
 
 zoo: setup
 	$(BIN)/python -m tests.zoo.harness
+
+# The wheel alone, in an environment of its own: what `pip install pipecompile` gives.
+wheel-test: setup
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet -c constraints.txt 'torch==2.13.0'
+	dist/venv/bin/python -m pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[examples]"
+	cp examples/gpt2.py dist
+	cd dist && venv/bin/pipecompile --help >/dev/null
+	cd dist && venv/bin/pipecompile gpt2.py --stages 4 && venv/bin/pipecompile verify build && venv/bin/pipecompile run build --steps 5
 
 golden: setup
 	$(BIN)/python -m pytest --update-golden

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,3 +41,17 @@ def test_commands_without_a_model_start_without_torch() -> None:
 def test_the_licence_is_apache() -> None:
     assert SETUP["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_wheel_holds_every_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
+    subprocess.run([*command, str(source)], check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("pipecompile-*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", "py.typed"))}
+    own = {str(path.relative_to(ROOT)) for path in (ROOT / "pipecompile").rglob("*.py")}
+    files = {name for name in own if not name.startswith("pipecompile/passes/")} | {"pipecompile/py.typed"}
+    passes = {f"pipecompile/{path.relative_to(ROOT)}" for path in (ROOT / "passes").rglob("*.py")}
+    assert held == files | passes
