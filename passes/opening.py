@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipecompile.cost import Costed, NodeCost, cost_graph
-from pipecompile.errors import PartitionError
+from pipecompile.errors import MemoryLimitError, PartitionError
 from pipecompile.ir import Call, CostGraph, Graph, Node, Partition
 from pipecompile.passes.lift import lift, openable
 from pipecompile.passes.streams import random_modules
@@ -53,7 +54,8 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
 
     known = openable(graph)
     opened = _first_opening(graph, stages, known)
-    best = attempt(opened)
+    best = _within_memory(graph, attempt, opened, known)
+    opened = frozenset(best.graph.opened)
     gains: list[str] = []
     while candidates := _candidates(best, stages, known):
         finer = attempt(opened | candidates)
@@ -67,6 +69,25 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
                 best, opened = coarser, opened - closed
         gains.append(_gain(before, best))
     return Split(best.graph, best.costed, best.partition, tuple(gains), random_modules(graph))
+
+
+def _within_memory(
+    graph: Graph, attempt: Callable[[frozenset[str]], Split], opened: frozenset[str], known: Mapping[str, Call]
+) -> Split:
+    """The first attempt that fits in memory, every call opened one level further each time that none does."""
+    try:
+        return attempt(opened)
+    except MemoryLimitError as error:
+        closed = {node.name for node in lift(graph, opened).nodes if node.kind == "call" and node.name in known}
+        if not closed:
+            raise
+        try:
+            finer = _within_memory(graph, attempt, opened | closed, known)
+        except MemoryLimitError:
+            raise error from None
+        with suppress(MemoryLimitError):
+            return attempt(frozenset(finer.graph.opened) - _needless(finer, frozenset(closed)))
+        return finer
 
 
 def _too_few(graph: Graph, costed: Costed, stages: int) -> str:

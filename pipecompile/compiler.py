@@ -10,13 +10,15 @@ from torch import nn
 from pipecompile.capture import Loss, capture
 from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import NodeCost
+from pipecompile.errors import MemoryLimitError
 from pipecompile.ir import CostGraph, Graph, Partition, Shape
+from pipecompile.memory import in_flight
 from pipecompile.passes.assemble import assemble
 from pipecompile.passes.codegen import codegen
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.opening import split
 from pipecompile.passes.partitioners import partition
-from pipecompile.passes.schedules import make_timetable
+from pipecompile.passes.schedules import check_shape, make_timetable
 from pipecompile.passes.verify import verify
 from pipecompile.simulate import simulate
 
@@ -29,20 +31,51 @@ def compile_model(model: nn.Module, microbatch: Any, loss: Loss | None, price: P
     Every error of the passes comes through as it is.
     """
     shape = Shape(options.stages, options.ranks, options.microbatches)
-    make_timetable(options.schedule, shape)  # an impossible schedule is refused before the model is traced
-
-    def cut(costs: CostGraph) -> Partition:
-        return partition(costs, options.stages, tolerance=options.tolerance)
-
+    check_shape(options.schedule, shape)  # what is impossible is refused before the model is traced
     graph = capture(model, microbatch, loss, options.opaque)
-    parts = split(graph, options.stages, price, cut, type(model).__name__)
 
-    bodies = assemble(parts.graph, parts.stage_of, options.stages)
-    sources = codegen(parts.graph, bodies, parts.partition.costs)
+    def with_budget(memory: int | None) -> Compiled:
+        parts = split(graph, options.stages, price, _cut(options, shape, memory), type(model).__name__)
+        bodies = assemble(parts.graph, parts.stage_of, options.stages)
+        sources = codegen(parts.graph, bodies, parts.partition.costs)
 
-    timetable = make_timetable(options.schedule, shape, parts.partition.costs)
-    program = communicate(timetable, parts.partition)
-    limits = (options.memory,) * options.ranks if options.memory else None
-    program = verify(program, parts.partition, limits, options.optimizer_factor)
-    forecast = simulate(program, parts.partition, options.link, options.optimizer_factor)
-    return Compiled(options, parts, bodies, sources, program, forecast)
+        limits = (options.memory,) * options.ranks if options.memory else ()
+        timetable = make_timetable(
+            options.schedule, shape, None, parts.partition, options.link, limits, options.optimizer_factor
+        )
+        program = communicate(timetable, parts.partition)
+        program = verify(program, parts.partition, limits or None, options.optimizer_factor)
+        forecast = simulate(program, parts.partition, options.link, options.optimizer_factor)
+        return Compiled(options, parts, bodies, sources, program, forecast)
+
+    return within_memory(with_budget, options.memory)
+
+
+def _cut(options: Options, shape: Shape, memory: int | None) -> Callable[[CostGraph], Partition]:
+    """The partitioner's call: under a memory limit it must know what the schedule holds where."""
+    if memory is None:
+        return lambda costs: partition(costs, options.stages, tolerance=options.tolerance)
+    timetable = make_timetable(options.schedule, shape)
+    return lambda costs: partition(
+        costs,
+        options.stages,
+        tolerance=options.tolerance,
+        memory=memory,
+        in_flight=in_flight(timetable.rows, options.stages),
+        placement=timetable.shape.placement,
+        state_factor=2 + options.optimizer_factor,
+    )
+
+
+def within_memory(compiled: Callable[[int | None], Compiled], memory: int | None) -> Compiled:
+    """The partitioner counts activations, the proof messages too: leave it less until both agree, at most 1/4 less."""
+    if memory is None:
+        return compiled(None)
+    first: MemoryLimitError | None = None
+    for part in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
+        try:
+            return compiled(int(part * memory))
+        except MemoryLimitError as error:
+            first = first or error
+    assert first is not None
+    raise first

@@ -11,7 +11,7 @@ O(instructions) for each rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipecompile.ir import Instruction, Partition, Program, Route, Routes, Timetable
 
@@ -28,6 +28,20 @@ def standing_bytes(
         cost = partition.costs[stage]
         sizes[rank] += cost.parameter_bytes + int(cost.trainable_bytes * (1 + optimizer_factor))
     return tuple(sizes)
+
+
+def in_flight(rows: Sequence[Sequence[Instruction]], stages: int) -> tuple[int, ...]:
+    """For each stage the most microbatches whose activations are held at once."""
+    ends = {(one.stage, one.microbatch) for row in rows for one in row if one.op == "BACKWARD_WEIGHT"}
+    held, most = [0] * stages, [0] * stages
+    for row in rows:
+        for one in row:
+            if one.op == "FORWARD":
+                held[one.stage] += 1
+                most[one.stage] = max(most[one.stage], held[one.stage])
+            elif one.op == ("BACKWARD_WEIGHT" if (one.stage, one.microbatch) in ends else "BACKWARD"):
+                held[one.stage] -= 1
+    return tuple(most)
 
 
 def memory_over_time(
