@@ -1,6 +1,6 @@
 """Llama 3.1 405B on the meta device, for planning: ``pipecompile examples/llama_405b.py --costs estimate --machine h100``.
 
-    pipecompile examples/llama_405b.py --stages 16 --ranks 8 --schedule interleaved-1f1b --costs estimate --machine h100
+pipecompile examples/llama_405b.py --stages 16 --ranks 8 --schedule interleaved-1f1b --costs estimate --machine h100
 """
 
 from __future__ import annotations

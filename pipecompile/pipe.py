@@ -19,6 +19,7 @@ from pipecompile.capture import Loss, Step
 from pipecompile.errors import BatchError, BuildError
 from pipecompile.ir import Forecast, Program
 from pipecompile.model_file import ModelFile, read_model_file
+from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
 from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, begin_microbatch, own_streams, split, watch
 from pipecompile.saving import Share, load_weights, save_weights
@@ -59,7 +60,7 @@ class Pipe:
     ) -> None:
         self._files = dict(files)
         self.plan = Plan.from_json(_json(files, "plan.json"))
-        self.program = Program.from_json(_json(files, "program.json"))
+        self.program = verify(Program.from_json(_json(files, "program.json")), self.plan.partition)
         self.loss = loss
         watch(model, self.plan.random)
         self.rank, self.ranks, mine = stages_here(self.program, local)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipecompile.errors import BuildError
-from pipecompile.ir import Forecast, Path, Port, Spec, StageCost, StagePlan, Transfer, Value
+from pipecompile.ir import Forecast, Partition, Path, Port, Shared, Spec, StageCost, StagePlan, Transfer, Value
 from pipecompile.machine import format_bytes
 
 PLAN_VERSION = 1
@@ -44,6 +44,13 @@ class Plan:
     opened: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def partition(self) -> Partition:
+        """What programs are proved against: costs, transfers and shared parameters, without the nodes."""
+        names = dict.fromkeys(name for stage in self.stages for name in stage.shared)
+        shared = [Shared(name, tuple(s.index for s in self.stages if name in s.shared)) for name in names]
+        return Partition(self.model, len(self.stages), (), self.costs, self.transfers, tuple(shared))
 
     @property
     def bytes(self) -> int:

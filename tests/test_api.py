@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.compare import gradients
-from pipecompile.errors import BuildError, VerificationError
+from pipecompile.errors import BuildError, ProgramError, VerificationError
 
 
 def net() -> nn.Sequential:
@@ -166,3 +167,16 @@ def test_compiling_leaves_model_gradients_and_random_state_as_they_were() -> Non
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(torch.equal(grads[name], gradient) for name, gradient in gradients(model).items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loaded_program_is_proved_before_it_runs(tmp_path: Path) -> None:
+    model, batch = net(), pairs()
+    pipe = pipecompile.compile(model, batch, stages=2, microbatches=4, loss=mean_square, costs="estimate")
+    pipe.save(tmp_path / "build")
+    file = tmp_path / "build/program.json"
+    program = json.loads(file.read_text())
+    gone = program["programs"][1].pop(0)
+    assert gone["op"] == "RECV_F"
+    file.write_text(json.dumps(program))
+    with pytest.raises(ProgramError, match=r"1F0|SEND_F0"):
+        pipecompile.load(tmp_path / "build", model, trust=True)
