@@ -94,8 +94,10 @@ def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def check_new(directory: str | Path) -> None:
-    """BuildError if a build may not be written there: only an empty folder or an older build without added files may
-    be replaced. For a program that does not want to compile first and be refused then."""
+    """BuildError if a build may not be written there, so that nobody compiles first and is refused then.
+
+    Only an empty folder and an older build without added files may be replaced.
+    """
     target = Path(directory).resolve()
     if not target.exists():
         return

@@ -30,6 +30,8 @@ from pipecompile.ir import Graph
 
 FEWEST, MOST, BUDGET_S = 3, 100, 0.05
 """A node is timed at least 3 times, then until 0.05 s have passed, but not more than 100 times."""
+NOISE, PATIENCE_S = 1.5, 0.5
+"""On a busy machine, where the median is more than 1.5 times the least, timing goes on for up to 0.5 s."""
 SLOW_S = 0.5
 """A node that warms up for longer is slow: its second run already counts."""
 
@@ -122,13 +124,18 @@ def _measure_node(trial: Trial, overhead: Times) -> NodeCost:
     first = trial.times()
     rows = [first] if time.perf_counter() - begin > SLOW_S else []
     begin = time.perf_counter()
-    while len(rows) < FEWEST or (len(rows) < MOST and time.perf_counter() - begin < BUDGET_S):
+    while len(rows) < FEWEST or (len(rows) < MOST and time.perf_counter() - begin < _budget_s(rows)):
         rows.append(trial.times())
     whole = _median(rows)
     forward, backward, inputs_only = (
         max(0.0, getattr(whole, what) - getattr(overhead, what)) for what in ("forward", "backward", "inputs_only")
     )
     return NodeCost(forward, backward, saved, max(0.0, backward - inputs_only))
+
+
+def _budget_s(rows: Sequence[Times]) -> float:
+    whole = [row.forward + row.backward for row in rows]
+    return PATIENCE_S if statistics.median(whole) > NOISE * min(whole) else BUDGET_S
 
 
 def _median(rows: Sequence[Times]) -> Times:
