@@ -1,0 +1,266 @@
+"""Our runtime beside ``torch.distributed.pipelining``: ``python benchmarks/runtime.py [--json] [--only WORD] [--steps N]``.
+
+Two real processes, gloo, one thread each; the same four blocks, the same split, the same schedule and microbatches,
+steps of both in turn, the medians of paired ratios. ``small`` takes about 0.15 ms for the forward of a stage and
+microbatch, ``big`` 5 ms. ``ideal_s`` is the makespan of our own compute times, each the median of what ran, if messages
+took no time. torch's interleaved zero bubble has two stages a rank; beside it stands our zb-h1 with the same blocks, two
+in a stage. ``accumulation_s``: one process with as many threads, gradient accumulation, no pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import pipelining
+
+from pipecompile.ir import Port, Shape, Spec, StageCost, StagePlan
+from pipecompile.passes.communicate import chain, communicate
+from pipecompile.passes.schedules import make_timetable
+from pipecompile.runtime import RankRuntime, connect
+from pipecompile.simulate import simulate
+
+RANKS, BLOCKS = 2, 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rows of a microbatch, width and depth of a block."""
+
+    rows: int
+    width: int
+    layers: int
+
+
+SIZES = {"small": Size(16, 128, 2), "big": Size(128, 512, 4)}
+SCHEDULES = {
+    # ours: torch's class, blocks in a stage of ours, of torch's
+    "1f1b": (pipelining.Schedule1F1B, 2, 2),
+    "gpipe": (pipelining.ScheduleGPipe, 2, 2),
+    "interleaved-1f1b": (pipelining.ScheduleInterleaved1F1B, 1, 1),
+    "zb-h1": (pipelining.ScheduleInterleavedZeroBubble, 2, 1),
+    "zb-v": (pipelining.ScheduleZBVZeroBubble, 1, 1),
+}
+
+
+def block(size: Size, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Sequential(nn.Linear(size.width, size.width), nn.ReLU()) for _ in range(size.layers)]
+    return nn.Sequential(*layers)
+
+
+class Part(nn.Module):
+    """A stage of ours."""
+
+    def __init__(self, blocks: list[nn.Module], first: bool, last: bool) -> None:
+        super().__init__()
+        self.blocks, self.first, self.last = nn.Sequential(*blocks), first, last
+
+    def forward(self, batch: dict[str, Tensor], *received: Tensor) -> tuple[Tensor]:
+        y = self.blocks(batch["x"] if self.first else received[0])
+        return (F.mse_loss(y, batch["y"]) if self.last else y,)
+
+
+class Ours:
+    """A step of our runtime."""
+
+    def __init__(self, rank: int, schedule: str, size: Size, microbatches: int) -> None:
+        each = SCHEDULES[schedule][1]
+        stages = BLOCKS // each
+        hidden = Spec((size.rows, size.width), "float32", True)
+        loss = Spec((), "float32", True)
+        plans = [
+            StagePlan(
+                s,
+                (Port("hidden", hidden, source=s - 1),) if s else (),
+                (Port("hidden", hidden, targets=(s + 1,)) if s < stages - 1 else Port("loss", loss),),
+            )
+            for s in range(stages)
+        ]
+        self.partition = chain(stages)
+        self.program = communicate(make_timetable(schedule, Shape(stages, RANKS, microbatches)), self.partition)
+        self.parts = {
+            s: Part([block(size, s * each + i) for i in range(each)], s == 0, s == stages - 1)
+            for s in self.program.shape.stages_of(rank)
+        }
+        self.runtime = RankRuntime(self.program, rank, self.parts, plans, loss="loss", timeout_s=60)
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        self.runtime.step(batch)
+
+    def clear(self) -> None:
+        for part in self.parts.values():
+            part.zero_grad()
+
+    def ideal_s(self, batch: dict[str, Tensor]) -> float:
+        """The makespan of the compute times of three steps."""
+        ran: list[Any] = []
+        for _ in range(3):
+            self.clear()
+            dist.barrier()
+            self.runtime.step(batch, ran)
+        times: dict[tuple[str, int], list[float]] = {}
+        for one, began, ended in ran:
+            times.setdefault((one.op, one.stage), []).append((ended - began) * 1e3)
+        mine = {key: statistics.median(values) for key, values in times.items()}
+        everyone: list[Any] = [None] * RANKS
+        dist.all_gather_object(everyone, mine)
+        known = {key: value for some in everyone for key, value in some.items()}
+        return simulate(self.program, chain(self.partition.stages, _costs(known, self.partition.stages))).step_ms / 1e3
+
+
+def _costs(known: dict[tuple[str, int], float], stages: int) -> list[StageCost]:
+    def of(op: str, stage: int) -> float:
+        return known.get((op, stage), 0.0)
+
+    return [
+        StageCost(
+            of("FORWARD", s),
+            of("BACKWARD", s) + of("BACKWARD_INPUT", s) + of("BACKWARD_WEIGHT", s),
+            of("BACKWARD_WEIGHT", s),
+            saved_bytes=1,
+        )
+        for s in range(stages)
+    ]
+
+
+class Torchs:
+    """A step of torch's."""
+
+    def __init__(self, rank: int, schedule: str, size: Size, microbatches: int) -> None:
+        make, _, each = SCHEDULES[schedule]
+        stages = BLOCKS // each
+        placement = [s % RANKS for s in range(stages)] if schedule != "zb-v" else [0, 1, 1, 0]
+        self.mine = [s for s in range(stages) if placement[s] == rank]
+        self.modules = [nn.Sequential(*(block(size, s * each + i) for i in range(each))) for s in self.mine]
+        parts = [
+            pipelining.PipelineStage(module, s, stages, torch.device("cpu"))
+            for s, module in zip(self.mine, self.modules)
+        ]
+        several = issubclass(make, pipelining.schedules.PipelineScheduleMulti)
+        self.schedule = make(parts if several else parts[0], microbatches, loss_fn=F.mse_loss)
+        self.first, self.last = 0 in self.mine, stages - 1 in self.mine
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        given = (batch["x"],) if self.first else ()
+        if self.last:
+            self.schedule.step(*given, target=batch["y"], losses=[])
+        else:
+            self.schedule.step(*given)
+
+    def clear(self) -> None:
+        for module in self.modules:
+            module.zero_grad()
+
+
+def seconds(runner: Ours | Torchs, batch: dict[str, Tensor]) -> float:
+    """One step, until the slower rank is done."""
+    runner.clear()
+    dist.barrier()
+    began = time.perf_counter()
+    runner.step(batch)
+    took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    return took.item()
+
+
+def measure(rank: int, schedule: str, name: str, microbatches: int, steps: int) -> dict[str, Any]:
+    size = SIZES[name]
+    torch.manual_seed(99)
+    shape = (size.rows * microbatches, size.width)
+    batch = {"x": torch.randn(shape), "y": torch.randn(shape)}
+    ours, torchs = Ours(rank, schedule, size, microbatches), Torchs(rank, schedule, size, microbatches)
+    for runner in (ours, torchs):
+        for _ in range(3):
+            seconds(runner, batch)
+    pairs = [(seconds(ours, batch), seconds(torchs, batch)) for _ in range(steps)]
+    return {
+        "schedule": schedule,
+        "size": name,
+        "microbatches": microbatches,
+        "ours_s": statistics.median(mine for mine, _ in pairs),
+        "torch_s": statistics.median(theirs for _, theirs in pairs),
+        "ratio": statistics.median(mine / theirs for mine, theirs in pairs),
+        "ideal_s": ours.ideal_s(batch),
+    }
+
+
+def accumulation_s(name: str, microbatches: int, steps: int) -> float:
+    """One process, as many threads as ranks, the whole model, gradient accumulation."""
+    size = SIZES[name]
+    torch.set_num_threads(RANKS)
+    model = nn.Sequential(*(block(size, i) for i in range(BLOCKS)))
+    xs, ys = (torch.randn(microbatches, size.rows, size.width) for _ in range(2))
+    took = []
+    for _ in range(steps + 2):
+        model.zero_grad()
+        began = time.perf_counter()
+        for x, y in zip(xs, ys):
+            (F.mse_loss(model(x), y) / microbatches).backward()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[2:])
+
+
+def work(rank: int, port: int, chosen: list[tuple[str, str, int]], steps: int, results: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    torch.set_num_threads(1)
+    connect(timeout_s=60)
+    for case in chosen:
+        found = measure(rank, *case, steps if case[1] == "small" else max(steps // 4, 3))
+        if rank == 0:
+            results.put(found)
+    dist.barrier()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--only", default="", help="cases whose 'schedule size microbatches' contains this")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="pairs of steps of each small case; big ones take a quarter"
+    )
+    options = parser.parse_args()
+    every = [(schedule, size, m) for size in SIZES for schedule in SCHEDULES for m in (8, 32)]
+    chosen = [case for case in every if options.only in " ".join(map(str, case))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    started = mp.spawn(work, (port, chosen, options.steps, results), nprocs=RANKS, join=False)
+    cases = []
+    for _ in chosen:
+        case = results.get()
+        cases.append(case)
+        if not options.json:
+            print(
+                "{schedule:>17} {size:5} M={microbatches:<3} ours {ours_s:.5f} s  torch {torch_s:.5f} s  "
+                "ratio {ratio:.3f}".format(**case)
+                + f"  over ideal {case['ours_s'] / case['ideal_s']:.3f}",
+                flush=True,
+            )
+    started.join()
+    alone = [
+        {"size": size, "microbatches": m, "accumulation_s": accumulation_s(size, m, 5)}
+        for size, m in sorted({(size, m) for _, size, m in chosen})
+    ]
+    if options.json:
+        print(json.dumps({"cases": cases, "one_process": alone}))
+    else:
+        for one in alone:
+            print("one process, two threads: {size:5} M={microbatches:<3} {accumulation_s:.5f} s".format(**one))
+
+
+if __name__ == "__main__":
+    main()
