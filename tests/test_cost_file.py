@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err.startswith("pipecompile: 9 stages asked for, but graph 'diamond' has 4 nodes")
     assert main(["partition", str(path), "--stages", "2", "--speeds", "1;2"]) == 1
     assert "--speeds is '1;2', expected numbers with commas between" in capsys.readouterr().err
+
+
+def test_nothing_but_the_result_on_stdout():
+    """What native code writes to the process's stdout goes to its stderr."""
+    code = (
+        "import os\n"
+        "from pipecompile.cli.partition import native_output_on_stderr\n"
+        "with native_output_on_stderr():\n"
+        "    os.write(1, b'noise')\n"
+        "print('result')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("result\n", "noise")

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from pipecompile.errors import MemoryLimitError, PartitionError
 from pipecompile.ir import CostGraph, CostNode, CostTensor, Parameter, Shared, StageCost, Transfer
-from pipecompile.passes.partitioners import evaluate, partition, partitioners
+from pipecompile.passes.partitioners import evaluate, partition, partitioners, pose
+from pipecompile.passes.partitioners.exact import into_memory
+from pipecompile.passes.partitioners.milp import Model, Solved
 
 
 def chain(*costs: float) -> CostGraph:
@@ -136,6 +138,14 @@ def test_memory_that_nothing_fits():
     message = "contiguous found no partition into 2 stages within the memory; try --method default"
     with pytest.raises(MemoryLimitError, match=message):
         partition(graph, 2, memory=259, method="contiguous")
+
+
+def test_no_time_to_fit_in_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Model, "solve", lambda *_, **__: Solved("limit", None, 0.0))
+    with pytest.raises(
+        MemoryLimitError, match="no partition that fits in memory was found in 7 s; raise the time limit"
+    ):
+        into_memory(pose(chain(1, 1, 1), 2, memory=10), seconds=7)
 
 
 @pytest.mark.parametrize(

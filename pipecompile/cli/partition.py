@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipecompile.errors import PartitionError
@@ -59,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
         bandwidths=_numbers("--bandwidths", options.bandwidths, float),
         time_limit=options.time_limit,
     )
-    answer = solve(problem, options.method)
+    with native_output_on_stderr():
+        answer = solve(problem, options.method)
     found = evaluate_answer(file.graph, problem, answer)
     seconds = time.perf_counter() - start
     why = explain(file.graph, problem, found) if options.explain else None
@@ -72,6 +77,19 @@ def run(options: argparse.Namespace) -> None:
         print(_text(found, file.graph.unit, seconds))
         if why:
             print(why)
+
+
+@contextmanager
+def native_output_on_stderr() -> Iterator[None]:
+    """HiGHS, which is C++, tells of numerical trouble on stdout; that is for our result alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
