@@ -34,7 +34,7 @@ def lift(graph: Graph, opened: frozenset[str] = frozenset()) -> Graph:
     cheap = replicable(graph)
     lifted = list(_lifted(graph, opened, closed_calls(graph), cheap))
     nodes = _drop_dead(graph, lifted)
-    replicated = frozenset(node.name for node in nodes if node.kind == "op" and node.name in cheap)
+    replicated = replicable(replace(graph, nodes=tuple(nodes))) & cheap
     nodes, drawn_together = with_streams(graph, nodes)
     together, order = storage_constraints(graph, nodes, replicated)
     found = replace(

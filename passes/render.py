@@ -123,6 +123,7 @@ class Renderer:
             return LOSSES[short], arguments
         if short in FUNCTIONS:
             named = [n for n in named if n != "pin_memory=False"]
+            arguments = arguments[:5] if short == "layer_norm.default" else arguments  # F's has no cudnn_enable
             self.modules.add(FUNCTIONS[short].split(".")[0])
             return FUNCTIONS[short], arguments + named
         if not node.target.startswith("aten."):

@@ -36,7 +36,9 @@ def replicable(graph: Graph) -> frozenset[str]:
 
 
 def _may(node: Node, written: set[str]) -> bool:
-    if node.random or node.parameters or node.written_buffers or not node.target.startswith("aten."):
+    if node.kind == "call" or node.random or node.parameters or node.written_buffers:
+        return False
+    if not node.target.startswith("aten."):
         return False
     if any(value.spec.gradient for value in node.outputs) or any(name in written for name in node.buffers):
         return False

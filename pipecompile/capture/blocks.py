@@ -144,7 +144,7 @@ def _argument_key(args: Any, kwargs: Any) -> str:
 def repeated(model: nn.Module, changed_buffers: tuple[str, ...]) -> dict[str, str]:
     """The structure of each module that has children and a twin elsewhere, by FQN.
 
-    Modules with hooks of their own, with buffers that the step changes, or that share parameters with the outside are
+    Modules with hooks on them or inside of them, with buffers that the step changes, or that share parameters with the outside are
     left out.
     """
     owners: dict[int, set[str]] = {}
@@ -158,8 +158,7 @@ def repeated(model: nn.Module, changed_buffers: tuple[str, ...]) -> dict[str, st
         tied = any(len(names) > 1 for p in module.parameters() if (names := owners[id(p)]))
         if (
             tied
-            or module._forward_hooks
-            or module._forward_pre_hooks
+            or any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
             or any(b.startswith(prefix) for b in changed_buffers)
         ):
             continue
