@@ -48,7 +48,7 @@ def partition(
     state_factor: float = 4.0,
     speeds: Sequence[float] | None = None,
     bandwidths: Sequence[float] | None = None,
-    time_limit: float = 15.0,
+    time_limit: float = 12.0,
 ) -> Partition:
     """Cut a graph into stages: the least time of the slowest stage, then the fewest bytes within the tolerance.
 
@@ -83,7 +83,7 @@ def pose(
     state_factor: float = 4.0,
     speeds: Sequence[float] | None = None,
     bandwidths: Sequence[float] | None = None,
-    time_limit: float = 15.0,
+    time_limit: float = 12.0,
 ) -> Problem:
     """The problem that ``partition`` solves for these arguments; PartitionError names what is wrong with one."""
     _check(graph, stages, tolerance, speeds, bandwidths)

@@ -42,7 +42,7 @@ class Problem:
     links: tuple[float, ...]
     limits: Limits | None = None
     tolerance: float = 0.05
-    time_limit: float = 15.0
+    time_limit: float = 12.0
     cap: float = float("inf")
     """A time that no stage should take more than, if there is a partition without."""
 
@@ -129,7 +129,7 @@ def make(
     bandwidths: Sequence[float] | None = None,
     limits: Limits | None = None,
     state_factor: float = 4.0,
-    time_limit: float = 15.0,
+    time_limit: float = 12.0,
 ) -> Problem:
     """The problem that a cost graph poses; an activation's readers come after its maker, edge or not."""
     edges = dict.fromkeys(graph.edges)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bandwidths", metavar="X,…", help="relative bandwidth of each link from stage s to s+1")
     parser.add_argument("--method", default="default", help="default, mincut (no solver), exact or contiguous")
     parser.add_argument(
-        "--time-limit", type=float, default=15.0, metavar="SECONDS", help="for the search (default: 15)"
+        "--time-limit", type=float, default=12.0, metavar="SECONDS", help="for the search (default: 12)"
     )
     parser.add_argument("--explain", action="store_true", help="what crosses each cut, the next best cut, and the gaps")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
