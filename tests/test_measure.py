@@ -203,6 +203,31 @@ def test_a_checkpointed_module_keeps_its_input(tmp_path: Path) -> None:
     assert measure(graph(model, nodes), model, BATCH, tmp_path / "costs.json")["b"].saved_bytes == 256
 
 
+@pytest.mark.parametrize(("variable", "expected"), [(None, 1), ("2", 2)])
+def test_a_node_has_the_threads_that_torchrun_gives_a_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: int
+) -> None:
+    seen = set()
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(torch.get_num_threads())
+            return x + 1
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    model, before = Model(), torch.get_num_threads()
+    model.second = Look()  # type: ignore[assignment]
+    try:
+        torch.set_num_threads(2)
+        measure(graph(model, (call("a", "second", "x"),)), model, BATCH, tmp_path / "costs.json")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {expected}
+
+
 def test_a_slow_node_is_slower(tmp_path: Path) -> None:
     class Sleeper(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

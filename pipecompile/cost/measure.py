@@ -7,6 +7,7 @@ key is known, nothing runs. The model is left as it was: parameters, gradients, 
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -46,16 +47,29 @@ def measure(
     """
     path = Path(cache_path) if cache_path is not None else default_cache()
     device = _device(graph, model)
-    known, around = specs(graph), environment(device)
-    owned = [node for node in graph.nodes if node.name not in graph.replicated]
-    keys = {node.name: node_key(node, graph, model, known, around) for node in owned}
-    costs = read_cache(path)
-    missing = {keys[node.name]: node for node in reversed(owned) if keys[node.name] not in costs}
-    if missing:
-        fresh = _measure_missing(graph, model, batch, {node.name: key for key, node in missing.items()}, progress)
-        add_to_cache(path, fresh)
-        costs |= fresh
+    with _threads_of_a_rank(device):
+        known, around = specs(graph), environment(device)
+        owned = [node for node in graph.nodes if node.name not in graph.replicated]
+        keys = {node.name: node_key(node, graph, model, known, around) for node in owned}
+        costs = read_cache(path)
+        missing = {keys[node.name]: node for node in reversed(owned) if keys[node.name] not in costs}
+        if missing:
+            fresh = _measure_missing(graph, model, batch, {node.name: key for key, node in missing.items()}, progress)
+            add_to_cache(path, fresh)
+            costs |= fresh
     return {name: costs[key] for name, key in keys.items()}
+
+
+@contextmanager
+def _threads_of_a_rank(device: torch.device) -> Iterator[None]:
+    """On CPU, as many threads as torchrun gives to each rank: OMP_NUM_THREADS, 1 unless that is set."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _device(graph: Graph, model: nn.Module) -> torch.device:
