@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from pipecompile.capture.blocks import Blocks, NeedsFullTrace
 from pipecompile.capture.eager import Observation, observe, untouched
-from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values
+from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.reader import Reader, dtype_name, input_path
 from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.shadow import Shadows
@@ -163,7 +163,7 @@ def _read(
         attributes=attributes,
         loss=names[loss.name],
         weight=names.get(weight_name, ""),
-        calls=tuple(rename_call(call, names) for call in calls),
+        calls=tuple(without_defaults(rename_call(call, names), model) for call in calls),
         constants=constants,
         notes=tuple(notes),
     )

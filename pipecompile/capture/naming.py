@@ -16,6 +16,7 @@ from torch import nn
 from pipecompile.ir import Call, Node, Ref, Value
 
 MEANINGLESS = {"input", "inputs", "x", "args", "kwargs", "tensor", "self", "hidden", "output", "y", "a", "b"}
+ABSENT = object()
 RESERVED = set(keyword.kwlist) | set(dir(builtins)) | {"batch", "torch", "nn", "self", "math", "inf", "nan"}
 
 
@@ -56,6 +57,28 @@ def _arguments(call: Call, model: nn.Module) -> list[tuple[str, str]]:
         names = []
     found = [(name, arg.name) for name, arg in zip(names, call.args) if isinstance(arg, Ref)]
     return found + [(name, arg.name) for name, arg in call.kwargs.items() if isinstance(arg, Ref)]
+
+
+def without_defaults(call: Call, model: nn.Module) -> Call:
+    """The call without arguments that say what the module assumes anyway: ``h(x, None, use_cache=False)`` is ``h(x)``.
+
+    Only None, True and False are left out, and nothing where hooks see the arguments too.
+    """
+    module = model.get_submodule(call.fqn)
+    if module._forward_pre_hooks or module._forward_hooks:
+        return call
+    try:
+        known = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return call
+    named = [p for p in known.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    default = {p.name: p.default for p in named if any(p.default is value for value in (None, True, False))}
+    positions = [p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD]
+    args = list(call.args)
+    while args and len(args) <= len(positions) and args[-1] is default.get(positions[len(args) - 1], ABSENT):
+        args.pop()
+    kwargs = {name: value for name, value in call.kwargs.items() if value is not default.get(name, ABSENT)}
+    return replace(call, args=tuple(args), kwargs=kwargs)
 
 
 def identifier(word: str) -> str:

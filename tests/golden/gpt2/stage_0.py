@@ -31,7 +31,5 @@ class Stage0(Stage):
         wpe = self.transformer.wpe(position_ids)
         # transformer
         hidden_states = wte + wpe
-        hidden_states_2 = self.transformer.h[0](
-            hidden_states, None, None, None, encoder_attention_mask=None, use_cache=False, position_ids=position_ids
-        )
+        hidden_states_2 = self.transformer.h[0](hidden_states, position_ids=position_ids)
         return (hidden_states_2,)

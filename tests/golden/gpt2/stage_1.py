@@ -27,7 +27,5 @@ class Stage1(Stage):
 
     def forward(self, batch, hidden_states_2):
         (position_ids,) = self._replicated(batch)
-        hidden_states_3 = self.transformer.h[1](
-            hidden_states_2, None, None, None, encoder_attention_mask=None, use_cache=False, position_ids=position_ids
-        )
+        hidden_states_3 = self.transformer.h[1](hidden_states_2, position_ids=position_ids)
         return (hidden_states_3,)

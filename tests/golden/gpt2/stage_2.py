@@ -27,7 +27,5 @@ class Stage2(Stage):
 
     def forward(self, batch, hidden_states_3):
         (position_ids,) = self._replicated(batch)
-        hidden_states_4 = self.transformer.h[2](
-            hidden_states_3, None, None, None, encoder_attention_mask=None, use_cache=False, position_ids=position_ids
-        )
+        hidden_states_4 = self.transformer.h[2](hidden_states_3, position_ids=position_ids)
         return (hidden_states_4,)

@@ -35,9 +35,7 @@ class Stage3(Stage):
 
     def forward(self, batch, hidden_states_4):
         position_ids, view_3 = self._replicated(batch)
-        h = self.transformer.h[3](
-            hidden_states_4, None, None, None, encoder_attention_mask=None, use_cache=False, position_ids=position_ids
-        )
+        h = self.transformer.h[3](hidden_states_4, position_ids=position_ids)
         ln_f = self.transformer.ln_f(h)
         # transformer
         transformer = ln_f.view(-1, 16, 32)

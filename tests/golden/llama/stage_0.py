@@ -38,19 +38,9 @@ class Stage0(Stage):
         position_ids, rotary_emb, rotary_emb_2 = self._replicated(batch)
         hidden_states = self.model.embed_tokens(input_ids)
         hidden_states_2 = self.model.layers[0](
-            hidden_states,
-            attention_mask=None,
-            position_embeddings=(rotary_emb, rotary_emb_2),
-            position_ids=position_ids,
-            past_key_values=None,
-            use_cache=False,
+            hidden_states, position_embeddings=(rotary_emb, rotary_emb_2), position_ids=position_ids
         )
         hidden_states_3 = self.model.layers[1](
-            hidden_states_2,
-            attention_mask=None,
-            position_embeddings=(rotary_emb, rotary_emb_2),
-            position_ids=position_ids,
-            past_key_values=None,
-            use_cache=False,
+            hidden_states_2, position_embeddings=(rotary_emb, rotary_emb_2), position_ids=position_ids
         )
         return (hidden_states_3,)

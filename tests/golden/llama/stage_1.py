@@ -46,20 +46,10 @@ class Stage1(Stage):
     def forward(self, batch, hidden_states_3):
         position_ids, rotary_emb, rotary_emb_2, view_2 = self._replicated(batch)
         hidden_states_4 = self.model.layers[2](
-            hidden_states_3,
-            attention_mask=None,
-            position_embeddings=(rotary_emb, rotary_emb_2),
-            position_ids=position_ids,
-            past_key_values=None,
-            use_cache=False,
+            hidden_states_3, position_embeddings=(rotary_emb, rotary_emb_2), position_ids=position_ids
         )
         hidden_states_5 = self.model.layers[3](
-            hidden_states_4,
-            attention_mask=None,
-            position_embeddings=(rotary_emb, rotary_emb_2),
-            position_ids=position_ids,
-            past_key_values=None,
-            use_cache=False,
+            hidden_states_4, position_embeddings=(rotary_emb, rotary_emb_2), position_ids=position_ids
         )
         model = self.model.norm(hidden_states_5)
         lm_head = self.lm_head(model)

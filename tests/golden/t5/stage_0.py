@@ -16,12 +16,8 @@ class Stage0(Stage):
     def forward(self, batch):
         input_ids = batch["input_ids"]
         hidden_states = self.encoder.embed_tokens(input_ids)
-        hidden_states_2_result = self.encoder.block[0](
-            hidden_states, None, None, None, None, None, past_key_values=None
-        )
+        hidden_states_2_result = self.encoder.block[0](hidden_states)
         hidden_states_2 = hidden_states_2_result[0]
         position_bias = hidden_states_2_result[1]
-        hidden_states_3 = self.encoder.block[1].layer[0](
-            hidden_states_2, attention_mask=None, position_bias=position_bias, past_key_values=None
-        )[0]
+        hidden_states_3 = self.encoder.block[1].layer[0](hidden_states_2, position_bias=position_bias)[0]
         return (position_bias, hidden_states_3)

@@ -43,13 +43,9 @@ class Stage1(Stage):
     def forward(self, batch, hidden_states_3, position_bias):
         (input_ids_2,) = self._replicated(batch)
         hidden_states_4 = self.encoder.block[1].layer[1](hidden_states_3)
-        hidden_states_5 = self.encoder.block[2](
-            hidden_states_4, None, position_bias, None, None, None, past_key_values=None
-        )[0]
+        hidden_states_5 = self.encoder.block[2](hidden_states_4, None, position_bias)[0]
         hidden_states_6 = self.decoder.embed_tokens(input_ids_2)
-        hidden_states_7_result = self.decoder.block[0].layer[0](
-            hidden_states_6, attention_mask=None, position_bias=None, past_key_values=None
-        )
+        hidden_states_7_result = self.decoder.block[0].layer[0](hidden_states_6)
         hidden_states_7 = hidden_states_7_result[0]
         position_bias_2 = hidden_states_7_result[1]
         return (hidden_states_5, hidden_states_7, position_bias_2)

@@ -20,24 +20,12 @@ from pipecompile.runtime import Stage
 class Stage2(Stage):
     def forward(self, batch, hidden_states_5, hidden_states_7, position_bias_2):
         encoder_hidden_states = self.encoder.final_layer_norm(hidden_states_5)
-        hidden_states_8_result = self.decoder.block[0].layer[1](
-            hidden_states_7,
-            key_value_states=encoder_hidden_states,
-            attention_mask=None,
-            position_bias=None,
-            past_key_values=None,
-        )
+        hidden_states_8_result = self.decoder.block[0].layer[1](hidden_states_7, key_value_states=encoder_hidden_states)
         hidden_states_8 = hidden_states_8_result[0]
         encoder_decoder_position_bias = hidden_states_8_result[1]
         hidden_states_9 = self.decoder.block[0].layer[2](hidden_states_8)
-        hidden_states_10 = self.decoder.block[1].layer[0](
-            hidden_states_9, attention_mask=None, position_bias=position_bias_2, past_key_values=None
-        )[0]
+        hidden_states_10 = self.decoder.block[1].layer[0](hidden_states_9, position_bias=position_bias_2)[0]
         hidden_states_11 = self.decoder.block[1].layer[1](
-            hidden_states_10,
-            key_value_states=encoder_hidden_states,
-            attention_mask=None,
-            position_bias=encoder_decoder_position_bias,
-            past_key_values=None,
+            hidden_states_10, key_value_states=encoder_hidden_states, position_bias=encoder_decoder_position_bias
         )[0]
         return (encoder_hidden_states, encoder_decoder_position_bias, hidden_states_11)

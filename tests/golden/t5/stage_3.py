@@ -31,13 +31,7 @@ class Stage3(Stage):
         (view_2,) = self._replicated(batch)
         hidden_states_12 = self.decoder.block[1].layer[2](hidden_states_11)
         hidden_states_13 = self.decoder.block[2](
-            hidden_states_12,
-            None,
-            position_bias_2,
-            encoder_hidden_states,
-            None,
-            encoder_decoder_position_bias,
-            past_key_values=None,
+            hidden_states_12, None, position_bias_2, encoder_hidden_states, None, encoder_decoder_position_bias
         )[0]
         decoder = self.decoder.final_layer_norm(hidden_states_13)
         # the model itself, and its loss
