@@ -22,6 +22,7 @@ from pipecompile.passes.assemble import StageBody, held
 from pipecompile.passes.render import Renderer, path_text, statement
 
 LARGEST_CONSTANT = 4096
+CHECKPOINT = "checkpoint:"
 
 
 def codegen(graph: Graph, bodies: tuple[StageBody, ...], costs: tuple[StageCost, ...] = ()) -> tuple[str, ...]:
@@ -84,6 +85,8 @@ class _Source:
             lines += ["import torch"]
         if "F" in used:
             lines += ["import torch.nn.functional as F"]
+        if "checkpoint" in used:
+            lines += ["from torch.utils.checkpoint import checkpoint"]
         lines += [""] if lines else []
         names = ["Stage", *(["device_of"] if self.render.uses_device else [])]
         names += ["reseed"] if any(node.stream >= 0 for node in self.body.nodes) else []
@@ -127,11 +130,20 @@ class _Source:
         lines: list[str] = []
         used_before = self.render.uses_device
         self.render.uses_device = False
-        for context, group in groupby(nodes, key=lambda node: node.context):
+        everything = list(nodes)
+        for context, found in groupby(everything, key=lambda node: node.context):
+            group = list(found)
             indent = 8
-            for tag in context:
-                lines.append(f"{' ' * indent}with {tag}:")
+            made: list[str] = []
+            checkpoint = next((tag for tag in context if tag.startswith(CHECKPOINT)), "")
+            if checkpoint:
+                made = self._read_outside(group)
+                lines.append(f"{' ' * indent}def checkpointed():")
                 indent += 4
+            for tag in context:
+                if not tag.startswith(CHECKPOINT):
+                    lines.append(f"{' ' * indent}with {tag}:")
+                    indent += 4
             module = None
             for node in group:
                 if node.kind == "op" and node.module != module:
@@ -139,10 +151,22 @@ class _Source:
                 module = node.module if node.kind == "op" else None
                 lines += [f"{' ' * indent}reseed({node.stream})"] if node.stream >= 0 else []
                 lines += self._node(node, indent)
+            if checkpoint:
+                self.render.modules.add("checkpoint")
+                lines.append(f"            return {_tuple(made)}")
+                lines.append(f"        {_target(made)} = checkpoint(checkpointed, use_reentrant=False)")
         if self.render.uses_device:
             lines = ["        device = device_of(self, batch)", *lines]
         self.render.uses_device |= used_before
         return lines
+
+    def _read_outside(self, group: list[Node]) -> list[str]:
+        """What a checkpointed region makes and others read."""
+        mine = {node.name for node in group}
+        read = {port.name for port in self.body.plan.outputs}
+        for node in self.body.nodes:
+            read |= set(node.reads) if node.name not in mine else set()
+        return [value.name for node in group for value in node.outputs if value.name in read]
 
     def _node(self, node: Node, indent: int) -> list[str]:
         function, arguments = self.render.call(node)

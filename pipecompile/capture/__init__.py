@@ -21,6 +21,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture.blocks import Blocks, NeedsFullTrace
+from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.eager import Observation, observe, untouched
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.reader import Reader, dtype_name, input_path
@@ -110,7 +111,7 @@ def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:
 
 def _export(step: Step, model: nn.Module, batch: Any, recorder: Recorder) -> ExportedProgram:
     try:
-        with untouched(model), recorder.around(model), _gradients_kept(model):
+        with untouched(model), straight_through(recorder), recorder.around(model), _gradients_kept(model):
             return export(step, (batch,), strict=False)
     except PipecompileError:
         raise

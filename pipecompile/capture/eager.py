@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
+from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.structure import Tensor, Unrenderable, rebuild, tensors
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
 
@@ -75,7 +76,7 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
             reasons.setdefault(call.key, f"it uses the custom autograd function {function}")
 
     recorder.on_exit = look
-    with untouched(model), _watch_tensor_hooks(note), recorder.around(model):
+    with untouched(model), _watch_tensor_hooks(note), straight_through(recorder), recorder.around(model):
         before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
         step(batch)
         changed, replaced = [], []

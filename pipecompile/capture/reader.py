@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from pipecompile.capture.blocks import OPAQUE
+from pipecompile.capture.checkpoints import TAG
 from pipecompile.capture.repeat import repeat
 from pipecompile.capture.structure import Unrenderable, leaves, merge, rebuild, tensors
-from pipecompile.capture.tracepoints import MARK, Recorder, Tracepoint
+from pipecompile.capture.tracepoints import MARK, REGION, Recorder, Tracepoint
 from pipecompile.errors import CaptureError
 from pipecompile.ir import Attribute, AttributeInfo, Call, Node, Path, Ref, Spec, Value
 
@@ -57,6 +58,7 @@ class Reader:
     stack: list[int] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     marked: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
+    regions: list[tuple[int, int, int]] = field(default_factory=list)
 
     def read(self, graph_module: fx.GraphModule, arguments: list[Any], context: tuple[str, ...] = ()) -> list[Any]:
         """Append the graph's operations; ``arguments`` stand for its placeholders. Returns what stands for its outputs."""
@@ -143,6 +145,7 @@ class Reader:
         return True
 
     def _append(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], context: tuple[str, ...]) -> Any:
+        context = self._around(context, call=False)
         reads: list[str] = []
         parameters: list[str] = []
         buffers: list[str] = []
@@ -252,12 +255,29 @@ class Reader:
                 return ATTRIBUTE + actual.fqn
         return ""
 
+    def _around(self, context: tuple[str, ...], call: bool) -> tuple[str, ...]:
+        """The regions with checkpoints among them; a call that begins its own checkpoint is not inside of it."""
+        found: list[str] = []
+        for depth in range(len(context) + 1):
+            for index, begun, outer in self.regions:
+                own = (index - REGION) % 2 == 1
+                if begun == depth and not (call and own and len(self.stack) == outer):
+                    found.append(f"{TAG}{(index - REGION) // 2}")
+            found += context[depth : depth + 1]
+        return tuple(found)
+
     def _mark(self, marked: list[Any], event: int, context: tuple[str, ...]) -> None:
         index, entering = self.recorder.events[event]
+        if index >= REGION:
+            if entering:
+                self.regions.append((index, len(context), len(self.stack)))
+            else:
+                self.regions = [region for region in self.regions if region[0] != index]
+            return
         seen = self.recorder.calls[index]
         self.marked[index, entering] = marked
         if entering:
-            self.calls[index] = self._begin(seen, marked, context)
+            self.calls[index] = self._begin(seen, marked, self._around(context, call=True))
             self.stack.append(index)
             return
         self.stack.remove(index)

@@ -28,6 +28,8 @@ def _mark(tensors: list[torch.Tensor], event: int) -> None:
 
 MARK = torch.ops.pipecompile.mark.default
 torch.fx.node.has_side_effect(MARK)
+REGION = 1 << 32
+"""Events of regions count from here, those of calls from 0."""
 
 
 @dataclass(slots=True)
@@ -64,6 +66,20 @@ class Recorder:
     stack: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     on_exit: Callable[[Tracepoint, Any], None] | None = None
+    regions: int = 0
+
+    @contextmanager
+    def region(self, owner: nn.Module | None, given: Any) -> Iterator[None]:
+        """Markers around a checkpointed region; events are (REGION + 2 * its number (+ 1 if a module's own), entering)."""
+        number = self.regions
+        self.regions += 1
+        place = REGION + 2 * number + (owner is not None)
+        for entering in (True, False):
+            if self.mark:
+                MARK([tensor for _, tensor in tensors(given)], len(self.events))
+            self.events.append((place, entering))
+            if entering:
+                yield
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:

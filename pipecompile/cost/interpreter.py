@@ -58,7 +58,7 @@ def reach(whole: Any, path: Path) -> Any:
 def regions(context: tuple[str, ...]) -> Iterator[None]:
     """Enter the regions around a node (``torch.no_grad()``, ``torch.autocast(...)``), outermost first."""
     with ExitStack() as stack:
-        for expression in context:
+        for expression in (region for region in context if not region.startswith("checkpoint:")):
             stack.enter_context(eval(expression, {"torch": torch}))
         yield
 

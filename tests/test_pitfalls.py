@@ -1,0 +1,258 @@
+"""What goes wrong when a model is captured: one small model for each pitfall.
+
+Each is exact with its remedy, or refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipecompile.errors import CaptureError
+from tests.zoo.harness import compiled, run
+
+WIDTH = 16
+
+
+class Net(nn.Module):
+    """Six linear layers; subclasses say what happens between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = self.between(torch.tanh(layer(x)), index)
+        return x.square().mean()
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        return x
+
+
+class InPlaceOnViews(Net):
+    def between(self, x: Tensor, index: int) -> Tensor:
+        x = x * 1.5
+        x[:, :4].add_(1.0)
+        x[:, 4:].mul_(2.0)
+        return x
+
+
+class InPlaceFirst(Net):
+    """Every layer begins by changing what it received."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        for layer in self.layers:
+            x = layer(torch.relu_(x)) + x
+        return x.square().mean()
+
+
+class TuplesAtCuts(Net):
+    def between(self, x: Tensor, index: int) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        return torch.cat([right * 2, left], dim=1)
+
+
+class ReturnsItsInput(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.ModuleList([nn.Identity(), nn.Dropout(0.0)])
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        return self.nothing[index % 2](x).contiguous().to(torch.float32).t().contiguous().view(WIDTH, -1).t()
+
+
+class NoneOutput(Net):
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+            y = self.linear(x)
+            return y, None, y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(self.Pair() for _ in range(6))
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        first, _, second = self.pairs[index](x)
+        return first + second
+
+
+class ShiftedInPlace(Net):
+    """Labels moved by one in place, then read by their first name; and index_put_."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        target = x.new_zeros(x.shape)
+        target[:, :-1] = x[:, 1:].clone()
+        target[x > 1.0] = 0.5
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return (x - target).square().mean()
+
+
+class Regions(Net):
+    def between(self, x: Tensor, index: int) -> Tensor:
+        with torch.no_grad():
+            scale = x.abs().mean() + 1
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=index % 2 == 0):
+            y = x @ self.layers[index].weight
+        return y.float() / scale
+
+
+class LeakedByHook(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        for layer in self.layers:
+            layer.register_forward_hook(self.note)
+
+    def note(self, module: nn.Module, args: Any, result: Tensor) -> None:
+        self.seen.append(result)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.clear()
+        loss = super().forward(x) + sum(value.abs().mean() for value in self.seen)
+        self.seen.clear()
+        return loss
+
+
+class TwoKinds(Net):
+    """One module, called with two kinds of argument."""
+
+    class Kind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, kind: str) -> Tensor:
+            return torch.tanh(self.linear(x)) if kind == "odd" else self.linear(x) * 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = self.Kind()
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        return self.kind(x, "odd" if index % 2 else "even")
+
+
+class OddNames(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({"in-1": nn.Linear(WIDTH, WIDTH), "class": nn.Linear(WIDTH, WIDTH)})
+        self.register_parameter('"; import os', nn.Parameter(torch.ones(WIDTH)))
+        self.register_buffer("/x'", torch.full((WIDTH,), 0.5))
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        x = self.blocks["in-1" if index < 3 else "class"](x)
+        return x * getattr(self, '"; import os') + getattr(self, "/x'")
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * x * 0.1
+
+
+class Custom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Square.apply(x)
+
+
+class CustomInModules(Net):
+    """A custom autograd function inside of modules that can stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.custom = Custom()
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        return self.custom(x)
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.layers[2].register_forward_pre_hook(self.note)
+
+    def note(self, module: nn.Module, args: Any) -> None:
+        self.count += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0 * self.layers[0].weight.sum()
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x.square().mean()
+
+
+class ReentrantCheckpointed(Checkpointed):
+    reentrant = True
+
+
+EXACT = [
+    InPlaceOnViews, InPlaceFirst, TuplesAtCuts, ReturnsItsInput, NoneOutput, ShiftedInPlace, Regions, LeakedByHook,
+    TwoKinds, OddNames, CustomInModules, Checkpointed, ReentrantCheckpointed,
+]  # fmt: skip
+
+
+def case(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], None]:
+    torch.manual_seed(0)
+    return make(), {"x": torch.randn(8, WIDTH)}, None
+
+
+@pytest.mark.parametrize("make", EXACT, ids=lambda make: make.__name__)
+def test_exact(make: Callable[[], nn.Module]) -> None:
+    row = run(make.__name__, case(make), 3, 3, "1f1b")
+    assert row.ok, row
+
+
+@pytest.mark.parametrize("make", [Checkpointed, ReentrantCheckpointed])
+def test_a_checkpointed_layer_is_run_again_in_the_backward(make: type[Checkpointed]) -> None:
+    model, batch, loss = case(make)
+    pipe = compiled((model, batch, loss), 3, 3, "1f1b")
+    before = model.count
+    pipe.step(batch)
+    assert model.count - before == 2 * pipe.plan.microbatches
+    saved = sum("checkpoint(checkpointed, use_reentrant=False)" in pipe.source(stage) for stage in range(3))
+    assert saved == 3
+
+
+class CustomInTheModel(Net):
+    def between(self, x: Tensor, index: int) -> Tensor:
+        return Square.apply(x)
+
+
+class HookInTheModel(Net):
+    def between(self, x: Tensor, index: int) -> Tensor:
+        x.register_hook(lambda gradient: gradient * 2)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [(CustomInTheModel, "custom autograd function Square"), (HookInTheModel, "registers a hook on a tensor")],
+)
+def test_refused_by_name(make: Callable[[], nn.Module], why: str) -> None:
+    model, batch, loss = case(make)
+    with pytest.raises(CaptureError, match=why) as caught:
+        compiled((copy.deepcopy(model), batch, loss), 3, 3, "1f1b")
+    assert "the model's own forward cannot be split" in str(caught.value)
+    assert "move that code into a module of its own" in str(caught.value)
