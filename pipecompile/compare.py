@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-FLOOR = 1e-5
+FLOOR = 1e-3
 """A gradient smaller than this part of the largest one is compared against that: it is rounding noise around zero."""
 
 

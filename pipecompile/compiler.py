@@ -10,14 +10,13 @@ from torch import nn
 from pipecompile.capture import Loss, capture
 from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import NodeCost
+from pipecompile.cutting import cutter, with_shorter_step
 from pipecompile.errors import MemoryLimitError
-from pipecompile.ir import CostGraph, Graph, Partition, Shape
-from pipecompile.memory import in_flight
+from pipecompile.ir import Graph, Shape
 from pipecompile.passes.assemble import assemble
 from pipecompile.passes.codegen import codegen
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.opening import split
-from pipecompile.passes.partitioners import partition
 from pipecompile.passes.schedules import check_shape, make_timetable
 from pipecompile.passes.verify import verify
 from pipecompile.simulate import simulate
@@ -35,7 +34,8 @@ def compile_model(model: nn.Module, microbatch: Any, loss: Loss | None, price: P
     graph = capture(model, microbatch, loss, options.opaque)
 
     def with_budget(memory: int | None) -> Compiled:
-        parts = split(graph, options.stages, price, _cut(options, shape, memory), type(model).__name__)
+        parts = split(graph, options.stages, price, cutter(options, shape, memory), type(model).__name__)
+        parts = with_shorter_step(parts, options, shape, memory)
         bodies = assemble(parts.graph, parts.stage_of, options.stages)
         sources = codegen(parts.graph, bodies, parts.partition.costs)
 
@@ -49,22 +49,6 @@ def compile_model(model: nn.Module, microbatch: Any, loss: Loss | None, price: P
         return Compiled(options, parts, bodies, sources, program, forecast)
 
     return within_memory(with_budget, options.memory)
-
-
-def _cut(options: Options, shape: Shape, memory: int | None) -> Callable[[CostGraph], Partition]:
-    """The partitioner's call: under a memory limit it must know what the schedule holds where."""
-    if memory is None:
-        return lambda costs: partition(costs, options.stages, tolerance=options.tolerance)
-    timetable = make_timetable(options.schedule, shape)
-    return lambda costs: partition(
-        costs,
-        options.stages,
-        tolerance=options.tolerance,
-        memory=memory,
-        in_flight=in_flight(timetable.rows, options.stages),
-        placement=timetable.shape.placement,
-        state_factor=2 + options.optimizer_factor,
-    )
 
 
 def within_memory(compiled: Callable[[int | None], Compiled], memory: int | None) -> Compiled:

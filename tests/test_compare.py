@@ -39,7 +39,7 @@ def test_the_error_is_relative_to_the_norm_and_judged_by_dtype(dtype: torch.dtyp
 
 def test_noise_around_zero_is_compared_with_the_largest_tensor() -> None:
     noise, zero = torch.tensor([1e-9]), torch.tensor([0.0])
-    assert one(noise, zero, other=1.0).error == pytest.approx(1e-9 / (1e-5 * 2))
+    assert one(noise, zero, other=1.0).error == pytest.approx(1e-9 / (1e-3 * 2))
     assert one(noise, zero, other=0.0).error == math.inf
 
 
