@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 SMALL_BYTES = 1 << 16
 """Smaller tensors are always real: they cost little, and initialisers look at the values of such."""
@@ -112,6 +112,16 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage.resize_(known.bytes)
         known.hollow = False
 
+    def target_of(self, tensor: Tensor) -> Tensor | None:
+        """Where the values of a random operation on ``tensor`` are drawn: None if it need not run."""
+        with _disable_current_modes():
+            known = self._meet([tensor])
+            self.notes.append(Note(_numbers(known), _numbers(known), random=True))
+            if not any(one.hollow for one in known):
+                return tensor
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            return like if self._draw else None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
@@ -198,6 +208,25 @@ def return_memory() -> None:
     """Give freed memory back to the system, which glibc otherwise keeps in pieces between what is in use."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def truncated_normals(hollow: Hollow) -> Iterator[None]:
+    """torch's trunc_normal_ draws again until all values fit: it is run as one operation, on real memory."""
+    original = torch.nn.init._no_grad_trunc_normal_
+
+    def draw(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        target = hollow.target_of(tensor)
+        if target is not None:
+            with _disable_current_modes():
+                original(target, *args, **kwargs)
+        return tensor
+
+    torch.nn.init._no_grad_trunc_normal_ = draw
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = original
 
 
 class Guard(TorchFunctionMode):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipecompile.errors import BuildError
 from pipecompile.weights.checkpoint import Checkpoint
-from pipecompile.weights.hollow import Guard, Hollow, NeedsValues, Note
+from pipecompile.weights.hollow import Guard, Hollow, NeedsValues, Note, truncated_normals
 from pipecompile.weights.layout import everything, stored
 
 Make = Callable[[], nn.Module]
@@ -62,7 +62,7 @@ def materialise(make: Make, owned: Collection[str], checkpoint: Checkpoint | Non
 def _rehearse(make: Make, owned: Collection[str], from_file: bool) -> Need:
     """Run the initialiser without memory, and find what the owned tensors are made of."""
     hollow = Hollow(lambda number: False, draw=False)
-    with Guard(hollow), hollow:
+    with truncated_normals(hollow), Guard(hollow), hollow:
         model = make()
     gc.collect()
     in_file = {id(tensor) for _, tensor in stored(model)} if from_file else set()
@@ -93,7 +93,7 @@ def _closure(needed: set[int], notes: list[Note], sizes: list[int], draw: bool) 
 
 def _perform(make: Make, need: Need) -> tuple[nn.Module, Hollow]:
     hollow = Hollow(need.numbers.__contains__, need.draw, need.sizes)
-    with Guard(hollow), hollow:
+    with truncated_normals(hollow), Guard(hollow), hollow:
         model = make()
     if len(hollow.sizes) != len(need.sizes):
         raise NeedsValues("it makes fewer tensors when it is run a second time")

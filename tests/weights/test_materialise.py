@@ -64,7 +64,7 @@ def begin() -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.filterwarnings("error::UserWarning:pipecompile")
+@pytest.mark.filterwarnings("error:this rank makes the whole model")
 def test_values_are_those_of_the_whole_model(name: str) -> None:
     begin()
     whole = dict(everything(MAKERS[name]()))
