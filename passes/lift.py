@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, unique_names
 from pipecompile.errors import CaptureError
+from pipecompile.expect import EXPECT_TARGET
 from pipecompile.ir import AttributeInfo, Call, Graph, Node, Ref, Value
 from pipecompile.passes.replicate import replicable
 from pipecompile.passes.storage import storage_constraints
@@ -221,7 +222,7 @@ def _drop_dead(graph: Graph, nodes: list[Node]) -> list[Node]:
     for node in reversed(nodes):
         outputs = tuple(value for value in node.outputs if value.name in live)
         writes_live = any(storage.get(name, name) in live_storage for name in node.writes)
-        if not (outputs or writes_live or node.written_buffers):
+        if not (outputs or writes_live or node.written_buffers or node.target == EXPECT_TARGET):
             continue
         live.update(node.reads)
         live_storage.update(storage.get(name, name) for name in node.reads)

@@ -129,6 +129,9 @@ class Renderer:
         if not node.target.startswith("aten."):
             self.modules.add("torch")
             return f"torch.ops.{node.target}", arguments + named
+        if not node.target.startswith("aten."):
+            self.modules.add("torch")
+            return f"torch.ops.{node.target}", arguments + named
         self.modules.add("aten")
         return node.target, arguments + named
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipecompile.errors import CaptureError
+from pipecompile.errors import CaptureError, RuntimeFault
 from tests.zoo.harness import compiled, run
 
 WIDTH = 16
@@ -256,3 +256,32 @@ def test_refused_by_name(make: Callable[[], nn.Module], why: str) -> None:
         compiled((copy.deepcopy(model), batch, loss), 3, 3, "1f1b")
     assert "the model's own forward cannot be split" in str(caught.value)
     assert "move that code into a module of its own" in str(caught.value)
+
+
+class AsksForAValue(Net):
+    """Control flow that depends on the batch: compiled for the answer, which every step checks."""
+
+    def forward(self, x: Tensor, flag: Tensor) -> Tensor:
+        scale = 2.0 if flag.sum() > 0 else 0.5
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * scale
+        return x.square().mean()
+
+
+def asking() -> tuple[nn.Module, dict[str, Tensor], None]:
+    torch.manual_seed(0)
+    return AsksForAValue(), {"x": torch.randn(8, WIDTH), "flag": torch.ones(8)}, None
+
+
+def test_a_decision_about_the_batch_is_exact_while_it_holds() -> None:
+    row = run("asking", asking(), 3, 3, "1f1b")
+    assert row.ok, row
+
+
+def test_a_decision_that_changes_is_refused_by_line() -> None:
+    case = asking()
+    pipe = compiled(case, 3, 3, "1f1b")
+    with pytest.raises(
+        RuntimeFault, match=r"test_pitfalls.py, line \d+ asks for a value that is now False, but was True"
+    ):
+        pipe.step(case[1] | {"flag": -torch.ones(8)})

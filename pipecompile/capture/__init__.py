@@ -75,7 +75,7 @@ def _trace(
 ) -> Graph:
     recorder = Recorder(mark=True)
     blocks = Blocks(recorder, seen.calls, opaque, repeats)
-    with blocks.passed_over(model, seen.changed_buffers):
+    with blocks.passed_over(model, seen.changed_buffers), seen.questions.answered(recorder, tracing=True):
         program = _export(step, model, _copy(batch), recorder)
     return _read(program, model, batch, recorder, seen, notes)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,17 +18,22 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture.checkpoints import straight_through
+from pipecompile.capture.questions import Questions
 from pipecompile.capture.structure import Tensor, Unrenderable, rebuild, tensors
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The calls that eager mode made, by key, why some must stay whole, and the buffers whose contents changed."""
+    """The calls that eager mode made, by key, why some must stay whole, and the buffers whose contents changed.
+
+    ``questions`` have the answers that the model's code got when it asked for a tensor's truth.
+    """
 
     calls: dict[str, Tracepoint]
     keep_whole: dict[str, str]
     changed_buffers: tuple[str, ...]
+    questions: Questions = field(default_factory=Questions)
 
 
 def skeleton(whole: Any) -> Any:
@@ -65,6 +70,7 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
     """Run ``step(batch)`` once in eager mode with gradients on and note what the traced graph will not show."""
     seen: set[Any] = set()
     reasons: dict[str, str] = {}
+    questions = Questions()
     recorder = Recorder(mark=False, keep=skeleton, keep_result=outline)
 
     def note(reason: str) -> None:
@@ -78,7 +84,8 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
     recorder.on_exit = look
     with untouched(model), _watch_tensor_hooks(note), straight_through(recorder), recorder.around(model):
         before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
-        step(batch)
+        with questions.answered(recorder, tracing=False):
+            step(batch)
         changed, replaced = [], []
         for name, (buffer, contents) in before.items():
             if not buffer.is_meta and not torch.equal(buffer, contents):
@@ -90,7 +97,7 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
         for call in recorder.calls:
             if call.fqn == owner:
                 reasons.setdefault(call.key, f"it replaces its buffer {name} instead of changing it in place")
-    return Observation({call.key: call for call in recorder.calls}, reasons, tuple(changed + replaced))
+    return Observation({call.key: call for call in recorder.calls}, reasons, tuple(changed + replaced), questions)
 
 
 @contextmanager
