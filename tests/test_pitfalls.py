@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipecompile.errors import CaptureError, RuntimeFault
-from tests.zoo.harness import compiled, run
+from tests.zoo.harness import compiled, families, run
 
 WIDTH = 16
 
@@ -285,3 +285,10 @@ def test_a_decision_that_changes_is_refused_by_line() -> None:
         RuntimeFault, match=r"test_pitfalls.py, line \d+ asks for a value that is now False, but was True"
     ):
         pipe.step(case[1] | {"flag": -torch.ones(8)})
+
+
+def test_batch_norm_is_warned_about_only_while_it_trains() -> None:
+    model, batch, loss = families()["batchnorm_cnn"]()
+    notes = compiled((model, batch, loss), 2, 2, "1f1b").plan.notes
+    assert any(note.startswith("stem.1 and 5 more: BatchNorm normalises over the samples") for note in notes)
+    assert not any("BatchNorm" in note for note in compiled((model.eval(), batch, loss), 2, 2, "1f1b").plan.notes)

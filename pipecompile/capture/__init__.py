@@ -45,7 +45,7 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     Raises CaptureError: the model fails by itself, gives no scalar loss, or cannot be traced (the message names the
     module, the user's line and the remedy). Turns ``use_cache`` off in the model's configuration; the graph's notes say so.
     """
-    notes = _disable_cache(model)
+    notes = _disable_cache(model) + _coupled(model)
     step = Step(model, loss)
     seen = _observe(step, model, _copy(batch))
     hidden = _matching(model, opaque)
@@ -93,6 +93,18 @@ def _disable_cache(model: nn.Module) -> list[str]:
             config.use_cache = False
             found = True
     return ["use_cache was turned off in the model's configuration: training keeps no key-value cache"] if found else []
+
+
+def _coupled(model: nn.Module) -> list[str]:
+    """A warning if layers that are training normalise over the samples."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    found = [name for name, part in model.named_modules() if isinstance(part, kinds) and part.training]
+    if not found:
+        return []
+    return [
+        f"{found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: BatchNorm normalises over the samples of a "
+        "microbatch, not of the batch, so the loss depends on the number of microbatches; GroupNorm or eval() does not"
+    ]
 
 
 def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:

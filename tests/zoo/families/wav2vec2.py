@@ -1,7 +1,7 @@
-"""Wav2Vec2: a convolutional feature encoder under a transformer, trained with CTC."""
+"""Wav2Vec2: a convolutional feature encoder under a transformer, here as a classifier of sounds."""
 
 import torch
-from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from tests.zoo.harness import Case
 from tests.zoo.inputs import SAMPLES
@@ -10,7 +10,8 @@ from tests.zoo.inputs import SAMPLES
 def family() -> Case:
     torch.manual_seed(0)
     config = Wav2Vec2Config(
-        vocab_size=20,
+        num_labels=5,
+        classifier_proj_size=16,
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -27,8 +28,6 @@ def family() -> Case:
         activation_dropout=0.0,
         feat_proj_dropout=0.0,
         final_dropout=0.0,
-        ctc_loss_reduction="mean",
-        ctc_zero_infinity=True,
     )
-    batch = {"input_values": torch.randn(SAMPLES, 800), "labels": torch.randint(1, 20, (SAMPLES, 5))}
-    return Wav2Vec2ForCTC(config), batch, None
+    batch = {"input_values": torch.randn(SAMPLES, 800), "labels": torch.randint(5, (SAMPLES,))}
+    return Wav2Vec2ForSequenceClassification(config), batch, None
