@@ -10,6 +10,8 @@ from pipecompile.ir import Forecast, Program, Shape
 from pipecompile.passes.assemble import StageBody, held
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.opening import Split
+from pipecompile.passes.partitioners import pose
+from pipecompile.passes.partitioners.explain import explain
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.plan import Plan
 from pipecompile.simulate import Link
@@ -62,10 +64,22 @@ class Compiled:
             bound_bytes=partition.bound_bytes,
             random=self.split.random,
             replicated=tuple(node.name for node in graph.nodes if node.name in graph.replicated),
+            why=self.why(),
             opened=tuple(key for key in graph.opened if not key.startswith("@")),
             notes=(*graph.notes, *self.split.gains, *([note] if note else [])),
             source=source,
         )
+
+    def why(self) -> tuple[str, ...]:
+        """Why the cuts are where they are, line by line: what crosses, the next best cut, what sets the time."""
+        graph, found = self.split.costed.graph, self.split.partition
+        problem = pose(graph, found.stages, tolerance=self.options.tolerance)
+        specs = {value.name: value.spec for node in self.split.graph.nodes for value in node.outputs}
+        crossing = dict.fromkeys(t.value for t in found.transfers if t.value in specs)
+        lines = str(explain(graph, problem, found)).splitlines()
+        lines += [f"{name} is {specs[name]}" for name in crossing]
+        copies = [v.name for n in self.split.graph.nodes if n.name in self.split.graph.replicated for v in n.outputs]
+        return (*lines, *([f"computed by each stage that reads them: {', '.join(copies)}"] if copies else []))
 
     def single_microbatch(self) -> tuple[Plan, Program]:
         """The same stages with a program for one microbatch, each on a rank of its own."""

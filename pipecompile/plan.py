@@ -21,7 +21,8 @@ class Plan:
     """A compiled pipeline's stages, what they hold and cost, what crosses between them, and what a step will take.
 
     ``inputs`` are the batch's tensors at one microbatch's size. ``holds`` are the FQNs of all parameters and buffers of
-    each stage; ``random`` those of the modules that draw random numbers. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none).
+    each stage; ``random`` those of the modules that draw random numbers. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none). ``why`` explains the
+    cuts, line by line.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Plan:
     replicated: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    why: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,7 +95,7 @@ class Plan:
                 "bound_ms",
                 "bound_bytes",
             )
-            lists = ("placement", "random", "replicated", "opened", "notes")
+            lists = ("placement", "random", "replicated", "opened", "notes", "why")
             fields: dict[str, Any] = {name: whole[name] for name in (*plain, "source")}
             fields |= {name: tuple(whole[name]) for name in lists}
             return Plan(

@@ -69,6 +69,17 @@ def test_compile_prints_the_plan_and_writes_the_build(build: Path, capsys: pytes
     assert (build / "program.txt").read_text().startswith("0F0 0SEND_F0>1")
 
 
+def test_explain_says_why(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(build.parent / "model.py"), "--stages", "4", "--microbatches", "4", "--costs", "estimate"]
+    capsys.readouterr()
+    assert main([*words, "--out", str(build), "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("cut ") == 3
+    assert "float32[2, 6]" in out
+    assert "slowest: stage" in out
+    assert "the proved bound" in out or "above the bound" in out
+
+
 def test_compile_json(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     words = [str(build.parent / "model.py"), "--stages", "2", "--costs", "estimate", "--json"]

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", help="each rank's limit, for example 80GiB")
     parser.add_argument("--opaque", action="append", default=[], metavar="PATTERN", help="modules never cut, by FQN")
     parser.add_argument("--out", default="build", help="build directory (default: build)")
+    parser.add_argument("--explain", action="store_true", help="say why the cuts are where they are")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the unsplit model")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -62,6 +63,8 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
         print(json.dumps({"build": str(options.out), "plan": pipe.plan.to_json()}), file=out)
     else:
         print(pipe.plan)
+        if options.explain:
+            print("", *pipe.plan.why, sep="\n")
         print(f"\nwritten to {options.out}: pipecompile verify {options.out}, pipecompile run {options.out}")
     return 0
 
