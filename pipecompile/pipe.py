@@ -23,6 +23,7 @@ from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
 from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, begin_microbatch, own_streams, split, watch
 from pipecompile.saving import Share, load_weights, save_weights
+from pipecompile.training import clip_gradients, forward_only
 from pipecompile.weights.checkpoint import open_checkpoint
 from pipecompile.weights.layout import Layout
 from pipecompile.weights.materialise import materialise
@@ -69,7 +70,7 @@ class Pipe:
         self.steps = 0
         self._layout = Layout.of(model)
         self._timeout_s = timeout_s
-        self._runtime: LocalRuntime | RankRuntime | None = None
+        self._runtimes: dict[bool, LocalRuntime | RankRuntime] = {}
 
     def _make(self, index: int, model: nn.Module) -> Stage:
         name = f"stages/stage_{index}.py"
@@ -113,28 +114,52 @@ class Pipe:
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
         Raises BatchError for a batch of another shape than the compiled one, RuntimeFault for a failure on any rank.
         """
-        self._check_batch(batch)
-        if self._runtime is None:
-            self._runtime = self._make_runtime()
-            if self.plan.random:
-                self._runtime.before_forward(self._begin_microbatch)
-        with own_streams() if self.plan.random else nullcontext():
-            value = self._runtime.step(batch)
+        value = self._run(batch, trains=True)
         self.steps += 1
         return value
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """The loss that ``step`` would give, forward only: no gradient is made or touched, nothing is kept for one.
+
+        Every rank calls it and gets the loss. Modules are in the mode, train or eval, in which the caller has put them.
+        """
+        with torch.no_grad():
+            return self._run(batch, trains=False)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients so that their norm over the whole model is at most ``max_norm``; gives the norm before.
+
+        What ``torch.nn.utils.clip_grad_norm_`` does on the unsplit model: a tied parameter counts once. Every rank
+        calls it and gets the same norm.
+        """
+        return clip_gradients(self.share(), self._runtime(trains=True).sum_over_ranks, max_norm, norm_type)
+
+    def _run(self, batch: Any, trains: bool) -> Tensor:
+        self._check_batch(batch)
+        runtime = self._runtime(trains)
+        with own_streams() if self.plan.random else nullcontext():
+            return runtime.step(batch)
+
+    def _runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
+        if trains not in self._runtimes:
+            self._runtimes[trains] = self._make_runtime(trains)
+            if self.plan.random:
+                self._runtimes[trains].before_forward(self._begin_microbatch)
+        return self._runtimes[trains]
 
     def _begin_microbatch(self, microbatch: int) -> None:
         begin_microbatch(self.seed, self.steps, microbatch)
 
-    def _make_runtime(self) -> LocalRuntime | RankRuntime:
+    def _make_runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         plan = self.plan
+        program, stages = (self.program, plan.stages) if trains else forward_only(self.program, plan.stages)
         if self.ranks == 1:
-            return LocalRuntime(self.program, self._stages, plan.stages, loss=plan.loss, weight=plan.weight)
+            return LocalRuntime(program, self._stages, stages, loss=plan.loss, weight=plan.weight)
         return RankRuntime(
-            self.program,
+            program,
             self.rank,
             self._stages,
-            plan.stages,
+            stages,
             loss=plan.loss,
             weight=plan.weight,
             timeout_s=self._timeout_s,

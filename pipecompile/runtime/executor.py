@@ -84,6 +84,7 @@ class Executor:
         self.losses: Tensor | None = None
         self.weights: Tensor | None = None
         self.before_forward: Callable[[int], None] | None = None
+        self._trains = any(one.op.startswith("BACKWARD") for one in row.instructions)
         self._transport = transport
         self._divisor = microbatches if mean else 1
         self._empty: list[Any] = [None] * row.slots
@@ -137,14 +138,16 @@ class Executor:
                     self.weights = output.detach() if self.weights is None else self.weights + output.detach()
         self._slots[op.kept] = (leaves, edges, loss_edge)
 
-    def _add_loss(self, op: Forward, loss: Tensor) -> GradientEdge:
-        if not loss.requires_grad:
+    def _add_loss(self, op: Forward, loss: Tensor) -> GradientEdge | None:
+        if self._trains and not loss.requires_grad:
             raise RuntimeFault(
                 f"the loss of stage {op.index} needs no gradient: no parameter that requires one leads to it, or "
                 "gradients are switched off; train at least one parameter, and step outside of torch.no_grad()"
             )
         share = loss.detach() / self._divisor
         self.losses = share if self.losses is None else self.losses + share
+        if not self._trains:
+            return None
         if self._seed is None:
             self._seed = torch.ones_like(share) / self._divisor
         return get_gradient_edge(loss)

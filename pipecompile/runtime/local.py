@@ -72,6 +72,10 @@ class LocalRuntime:
             executor.end()
         return value
 
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as it is: this one process has all ranks."""
+        return tensor
+
     def _finish(self) -> Tensor:
         for copies in self._copies:
             gradient = total(copies)

@@ -81,8 +81,7 @@ class RankRuntime:
 
         ``ran`` gets this rank's instructions with the times at which they began and ended.
         """
-        if self._failed:
-            raise RuntimeFault(f"this runtime has failed before ({self._failed}); start the processes again")
+        self._check_alive()
         self._executor.begin(split(batch, self._microbatches))
         self._apart.begin()
         step = None
@@ -95,6 +94,20 @@ class RankRuntime:
             return self._finish()
         except Exception as error:
             raise self._fail(step, error) from error
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of what all ranks give, in place; every rank must call it at the same point."""
+        self._check_alive()
+        try:
+            work = dist.all_reduce(tensor, group=self._everyone, async_op=True)
+            wait_for(work, self._timeout, "the other ranks, which must call this too")
+        except Exception as error:
+            raise self._fail(None, error) from error
+        return tensor
+
+    def _check_alive(self) -> None:
+        if self._failed:
+            raise RuntimeFault(f"this runtime has failed before ({self._failed}); start the processes again")
 
     def _finish(self) -> Tensor:
         self._channels.end()
@@ -128,7 +141,7 @@ class RankRuntime:
     def _fail(self, step: Step | None, error: Exception) -> RuntimeFault:
         """Make this failure known, or hear of the one before it, and let go of everyone who waits for this rank."""
         rank = dist.get_rank()
-        mine = str(fault(step, error) if step is not None else f"rank {rank}, end of the step: {error}")
+        mine = str(fault(step, error) if step is not None else f"rank {rank}, after the last instruction: {error}")
         self._failed = self._faults.record(mine)
         self._sums = []
         self._apart.abandon()

@@ -1,0 +1,70 @@
+"""What a training loop does beside steps: clips the gradients of the whole model, and evaluates without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from pipecompile.ir import Port, Program, StagePlan
+from pipecompile.saving import Share
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def clip_gradients(
+    share: Share, sum_over_ranks: Callable[[Tensor], Tensor], max_norm: float, norm_type: float
+) -> Tensor:
+    """Scale this process's gradients as ``torch.nn.utils.clip_grad_norm_`` would on the whole model; gives their norm.
+
+    Each parameter's norm is taken by the one stage that writes it, so that a tied parameter counts once; the sum over
+    the ranks of a table with one column for each parameter is then the whole table, on every rank the same.
+    """
+    trained = [p for stage in share.stages.values() for p in stage.parameters() if p.grad is not None]
+    parameters = list({id(p): p for p in trained}.values())
+    norm = _total(_table(share, parameters, sum_over_ranks, norm_type), norm_type)
+    clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _table(
+    share: Share, parameters: list[torch.nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor], norm_type: float
+) -> Tensor:
+    """For each parameter of the model, in its order, the gradient's norm and 1 + its dtype's place (0: no gradient)."""
+    columns = {name: column for column, name in enumerate(dict.fromkeys(share.layout.canonical.values()))}
+    written = share.written_names()
+    mine = {columns[written[id(p)]]: p.grad for p in parameters if id(p) in written}
+    device = next((p.device for stage in share.stages.values() for p in stage.parameters()), torch.device("cpu"))
+    table = torch.zeros(2, len(columns), dtype=torch.float64, device=device)
+    norms = {column: torch.linalg.vector_norm(grad, norm_type) for column, grad in mine.items() if grad is not None}
+    if norms:
+        kinds = [1.0 + FLOATS.index(norm.dtype) for norm in norms.values()]
+        table[0, list(norms)] = torch.stack([norm.to(table) for norm in norms.values()])
+        table[1, list(norms)] = torch.tensor(kinds, dtype=table.dtype, device=device)
+    return sum_over_ranks(table)
+
+
+def _total(table: Tensor, norm_type: float) -> Tensor:
+    """The norm of the norms, in the dtype in which torch would take it of all gradients at once."""
+    there = table[1] > 0
+    dtypes = [FLOATS[int(kind) - 1] for kind in set(table[1, there].tolist())]
+    if not dtypes:
+        return torch.zeros((), device=table.device)
+    norm: Tensor = torch.linalg.vector_norm(table[0, there].to(reduce(torch.promote_types, dtypes)), norm_type)
+    return norm
+
+
+def forward_only(program: Program, plans: tuple[StagePlan, ...]) -> tuple[Program, tuple[StagePlan, ...]]:
+    """The forwards of a program and the messages between them; the order on each rank and channel stays the same."""
+    kept = ("FORWARD", "SEND_F", "RECV_F")
+    rows = tuple(tuple(one for one in row if one.op in kept) for row in program.rows)
+    blind = tuple(replace(p, inputs=_no_gradients(p.inputs), outputs=_no_gradients(p.outputs)) for p in plans)
+    return replace(program, rows=rows), blind
+
+
+def _no_gradients(ports: tuple[Port, ...]) -> tuple[Port, ...]:
+    return tuple(replace(port, spec=replace(port.spec, gradient=False)) for port in ports)
