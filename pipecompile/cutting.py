@@ -44,8 +44,8 @@ def cutter(
 
 
 def with_shorter_step(parts: Split, options: Options, shape: Shape, memory: int | None) -> Split:
-    """The split with the partition of its graph that gives the shortest simulated step."""
-    if options.stages == 1 or options.schedule in SEARCHED:
+    """The split with the partition of its graph that gives the shortest simulated step over the link, if one is known."""
+    if options.stages == 1 or options.link is None or options.schedule in SEARCHED:
         return parts
 
     def step_ms(found: Partition) -> float:
