@@ -31,6 +31,8 @@ DRAWN = {
     "v-half": Shape(8, 4, 4),
     "v-min": Shape(8, 4, 4),
     "dualpipe-v": Shape(4, 2, 5),
+    "pipedream": Shape(3, 3, 6),
+    "pipedream-2bw": Shape(3, 3, 6),
 }
 RANKS = (2, 4, 8, 16)
 SIZES = [(p, m) for p in RANKS for m in range(1, 4 * p + 1) if p < 16 or m in (1, 7, 15, 16, 17, 31, 32, 33, 50, 64)]

@@ -154,8 +154,17 @@ def make_timetable(
 
 
 def check_shape(name: str, shape: Shape) -> None:
-    """Raise ScheduleError if schedule ``name`` is unknown or does not allow ``shape``; costs next to nothing."""
-    _check(find_schedule(name), shape)
+    """Raise ScheduleError if schedule ``name`` is unknown, does not allow ``shape``, or is none that the runtime runs.
+
+    Costs next to nothing.
+    """
+    found = find_schedule(name)
+    if not found.flushes:
+        raise ScheduleError(
+            f"{name} never flushes: its microbatches read several versions of the weights, and the runtime keeps one; "
+            f"print it with pipecompile schedule {name}, and train with --schedule 1f1b"
+        )
+    _check(found, shape)
 
 
 def _check(found: Schedule, shape: Shape) -> None:
