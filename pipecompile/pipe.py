@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
 from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, begin_microbatch, own_streams, split, watch
 from pipecompile.saving import Share, load_weights, save_weights
-from pipecompile.training import clip_gradients, forward_only
+from pipecompile.training import bound_to_mode, clip_gradients, forward_only
 from pipecompile.weights.checkpoint import open_checkpoint
 from pipecompile.weights.layout import Layout
 from pipecompile.weights.materialise import materialise
@@ -68,6 +69,9 @@ class Pipe:
         self._stages: dict[int, Stage] = {s: self._make(s, model) for s in mine}
         self.seed = seed
         self.steps = 0
+        self._model = weakref.ref(model)
+        self._mode = model.training
+        self._bound = bound_to_mode(self.source(s) for s in range(len(self.plan.stages)))
         self._layout = Layout.of(model)
         self._timeout_s = timeout_s
         self._runtimes: dict[bool, LocalRuntime | RankRuntime] = {}
@@ -136,6 +140,7 @@ class Pipe:
 
     def _run(self, batch: Any, trains: bool) -> Tensor:
         self._check_batch(batch)
+        self._check_mode()
         runtime = self._runtime(trains)
         with own_streams() if self.plan.random else nullcontext():
             return runtime.step(batch)
@@ -164,6 +169,18 @@ class Pipe:
             weight=plan.weight,
             timeout_s=self._timeout_s,
         )
+
+    def _check_mode(self) -> None:
+        """BuildError if the model has changed between train and eval and a stage has the old mode in its operations."""
+        model = self._model()
+        mode = next(iter(self._stages.values())).training if model is None else model.training
+        if self._bound and mode != self._mode:
+            now, then = ("train", "eval") if mode else ("eval", "train")
+            raise BuildError(
+                f"the model is in {now} mode, but a stage was compiled in {then} mode with {self._bound!r} written out, "
+                f"because no module of its own computes it; go back with model.{then}(), compile again in {now} mode, "
+                f"or put it into a module such as nn.Dropout, which looks at its mode when it is called"
+            )
 
     def _check_batch(self, batch: Any) -> None:
         for value in self.plan.inputs:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import reduce
 
@@ -13,6 +14,11 @@ from torch.nn.utils import clip_grads_with_norm_
 from pipecompile.ir import Port, Program, StagePlan
 from pipecompile.saving import Share
 
+NOISE = {"dropout": 1, "dropout_": 1, "feature_dropout": 1, "alpha_dropout": 1, "native_dropout": 1,
+         "scaled_dot_product_attention": 4}  # fmt: skip
+"""Operations that only training makes random, and which argument says how much."""
+BY_MODE = ("batch_norm", "native_batch_norm", "rrelu", "rrelu_")
+"""Other operations that compute something else in training."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -68,3 +74,31 @@ def forward_only(program: Program, plans: tuple[StagePlan, ...]) -> tuple[Progra
 
 def _no_gradients(ports: tuple[Port, ...]) -> tuple[Port, ...]:
     return tuple(replace(port, spec=replace(port.spec, gradient=False)) for port in ports)
+
+
+def bound_to_mode(sources: Iterable[str]) -> str:
+    """The first operation of the stages that computes what the mode at compile time asked for; empty if there is none.
+
+    A module that a stage calls looks at its own mode. The operations of a forward that was opened were written down as
+    the trace saw them, with train or eval mode decided.
+    """
+    for source in sources:
+        for call in ast.walk(ast.parse(source)):
+            if isinstance(call, ast.Call) and (name := _operation(call.func)) and _decided(name, call):
+                return name
+    return ""
+
+
+def _operation(function: ast.expr) -> str:
+    """The name of ``aten.name.overload`` or ``F.name``; empty for anything else."""
+    steps = ast.unparse(function).split(".")
+    return steps[1] if steps[0] in ("aten", "F") and len(steps) > 1 else ""
+
+
+def _decided(name: str, call: ast.Call) -> bool:
+    place = NOISE.get(name)
+    if place is None:
+        return name in BY_MODE
+    named = [keyword.value for keyword in call.keywords if keyword.arg == "dropout_p"]
+    amount = [*call.args[place : place + 1], *named]
+    return any(not isinstance(value, ast.Constant) or value.value != 0 for value in amount)

@@ -7,10 +7,12 @@ schedules and clipping.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import pipecompile
 from pipecompile.compare import gradients
+from pipecompile.errors import BuildError
 from pipecompile.runtime import split
 
 WIDTH, WORDS, ROWS, MICROBATCHES = 8, 11, 8, 4
@@ -65,12 +68,11 @@ def compiled(model: nn.Module, loss: Any = cross_entropy, batch: Any = None, **o
 
 def unsplit_step(model: nn.Module, batch: Any, loss: Any = cross_entropy) -> Tensor:
     """Gradient accumulation over the microbatches; the mean loss."""
-    total = torch.zeros(())
+    losses = []
     for microbatch in split(batch, MICROBATCHES):
-        value = loss(model, microbatch) / MICROBATCHES
-        value.backward()
-        total = total + value.detach()
-    return total
+        losses.append(loss(model, microbatch) / MICROBATCHES)
+        losses[-1].backward()
+    return functools.reduce(torch.add, losses).detach()
 
 
 def assert_same(model: nn.Module, unsplit: nn.Module) -> None:
@@ -154,6 +156,202 @@ def test_evaluating_under_every_kind_of_schedule(schedule: str) -> None:
     expected = sum(cross_entropy(model, part).detach() / MICROBATCHES for part in split(words(3), MICROBATCHES))
     assert torch.equal(pipe.evaluate(words(3)), expected)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Plain(nn.Module):
+    """Two layers and between them what ``between`` computes in the model's own forward."""
+
+    def __init__(self, between: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x), self.training)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("between", "name"),
+    [
+        (lambda x, training: F.dropout(x, 0.5, training), "dropout"),
+        (lambda x, training: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 * training), "scaled_dot"),
+        (lambda x, training: F.batch_norm(x, torch.zeros(WIDTH), torch.ones(WIDTH), training=training), "batch_norm"),
+    ],
+)
+def test_a_mode_that_was_written_into_a_stage_cannot_change(
+    between: Callable[[Tensor, bool], Tensor], name: str
+) -> None:
+    model, batch = Plain(between), (torch.randn(ROWS, WIDTH),)
+    pipe = compiled(model, None, batch, stages=2)
+    pipe.evaluate(batch)
+    model.eval()
+    said = f"is in eval mode, but a stage was compiled in train mode with '{name}.*back with model.train()"
+    for run in (pipe.evaluate, pipe.step):
+        with pytest.raises(BuildError, match=said):
+            run(batch)
+    model.train()
+    pipe.step(batch)
+
+
+def test_dropout_of_nothing_is_bound_to_no_mode() -> None:
+    model, batch = Plain(lambda x, training: F.dropout(x, 0.0, training)), (torch.randn(ROWS, WIDTH),)
+    pipe = compiled(model, None, batch, stages=2)
+    model.eval()
+    assert pipe.evaluate(batch) == pipe.step(batch)
+
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def assert_trains_alike(
+    model: nn.Module,
+    make: Make = lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    loss: Any = cross_entropy,
+    batches: int = 1,
+    rates: Callable[[torch.optim.Optimizer], Any] | None = None,
+    **options: Any,
+) -> pipecompile.Pipe:
+    """Three optimizer steps, each over ``batches`` batches, of the pipeline and of the unsplit model; all is equal."""
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model, loss, **options)
+    sides = []
+    for parameters, step in (
+        (pipe.parameters(), pipe.step),
+        (list(unsplit.parameters()), lambda given: unsplit_step(unsplit, given, loss)),
+    ):
+        optimizer = make(parameters)
+        sides.append((step, optimizer, rates(optimizer) if rates else None))
+    start = [p.clone() for p in model.parameters()]
+    for number in range(3):
+        losses = []
+        for step, optimizer, rate in sides:
+            losses.append([step(words(number * batches + index)) for index in range(batches)])
+            optimizer.step()
+            optimizer.zero_grad()
+            if rate is not None:
+                rate.step()
+        assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+        assert_same(model, unsplit)
+    moved = [not torch.equal(p, before) for p, before in zip(model.parameters(), start, strict=True)]
+    assert moved == [p.requires_grad for p in model.parameters()], "what can be trained has been, nothing else"
+    return pipe
+
+
+def untied() -> Tied:
+    model = Tied()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    return model
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
+}
+RATES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3),
+    "warm-up": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=3),
+    "one cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=4),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_torchs_optimizers_train_a_pipeline(name: str) -> None:
+    assert_trains_alike(untied(), OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_torchs_schedules_of_the_learning_rate_drive_it(name: str) -> None:
+    assert_trains_alike(untied(), rates=RATES[name])
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1"])
+def test_gradients_accumulate_over_several_batches(schedule: str) -> None:
+    assert_trains_alike(untied(), batches=3, schedule=schedule)
+
+
+class LowRank(nn.Module):
+    """A frozen layer and a trained product of two thin matrices beside it, as LoRA has it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_frozen_trunk_with_low_rank_adapters(schedule: str) -> None:
+    model = untied().requires_grad_(False)
+    for index, block in enumerate(model.blocks):
+        if index != 1:  # one block without anything to train, between others
+            block[0] = LowRank(block[0])
+    pipe = assert_trains_alike(model, schedule=schedule)
+    assert all(p.grad is None for p in pipe.parameters() if not p.requires_grad)
+
+
+def test_stages_without_anything_to_train_pass_no_gradient_back() -> None:
+    model = untied()
+    model.table.requires_grad_(False)
+    model.blocks[:3].requires_grad_(False)
+    pipe = assert_trains_alike(model)
+    assert not any(p.requires_grad for p in pipe.stage(0).parameters())
+
+
+def test_clipping_counts_what_is_trained_only() -> None:
+    model = untied()
+    model.blocks[:2].requires_grad_(False)
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model)
+    pipe.step(words())
+    unsplit_step(unsplit, words())
+    assert torch.equal(pipe.clip_grad_norm_(0.01), clip_grad_norm_(unsplit.parameters(), 0.01))
+    assert_same_gradients(model, unsplit)
+
+
+def assert_same_gradients(model: nn.Module, unsplit: nn.Module) -> None:
+    for (name, mine), expected in zip(model.named_parameters(), unsplit.parameters(), strict=True):
+        assert (mine.grad is None) == (expected.grad is None), name
+        assert mine.grad is None or torch.equal(mine.grad, expected.grad), name
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_parameters_in_bfloat16(schedule: str) -> None:
+    pipe = assert_trains_alike(untied().bfloat16(), schedule=schedule)
+    assert {port.spec.dtype for plan in pipe.plan.stages[1:] for port in plan.inputs} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("head", ["float32", "bfloat16"])
+def test_clipping_gradients_in_bfloat16(head: str) -> None:
+    model = untied().bfloat16()
+    model.head.to(getattr(torch, head))
+    model.head.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model)
+    pipe.step(words())
+    unsplit_step(unsplit, words())
+    norm, expected = pipe.clip_grad_norm_(0.01), clip_grad_norm_(unsplit.parameters(), 0.01)
+    assert norm.dtype == expected.dtype
+    assert torch.equal(norm, expected)
+    assert_same_gradients(model, unsplit)
+
+
+def autocast_loss(model: nn.Module, batch: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(batch["words"])
+    return F.cross_entropy(scores.float(), batch["next"])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_autocast_inside_the_loss_function(schedule: str) -> None:
+    model = untied()
+    pipe = assert_trains_alike(model, loss=autocast_loss, schedule=schedule)
+    crossing = {port.spec.dtype for plan in pipe.plan.stages[1:] for port in plan.inputs}
+    assert crossing == {"bfloat16"}, "half precision crosses between stages, as it was computed"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def train(folder: str) -> None:
