@@ -64,7 +64,7 @@ def holds(found: Schedule, quantity: str) -> Any:
 def describe(found: Schedule) -> str:
     """All forms as text, one a line, with where they hold."""
     forms = closed_forms(found)
-    lines = [f"{found.name}: p ranks, {found.per_rank or 'v'} stages a rank, m microbatches"]
+    lines = [f"{found.name}: p ranks, {found.per_rank or 'v'} stage{'s'[: found.per_rank != 1]} a rank, m microbatches"]
     for name, form in forms.items():
         condition = holds(found, name)
         where = "" if condition == sympy.true else f"    where {condition}"
@@ -104,5 +104,5 @@ def solve(found: Schedule, wish: str, ranks: int, per_rank: int) -> tuple[int, i
 def _parsed(text: str) -> Any:
     if text == "True":
         return sympy.true
-    names = {name: getattr(sympy, name) for name in ("Min", "Max", "Eq", "Mod", "floor")}
+    names = {name: getattr(sympy, name) for name in ("Min", "Max", "Eq", "Mod", "Piecewise", "ceiling", "floor")}
     return sympy.sympify(text, locals={**SYMBOLS, **names})

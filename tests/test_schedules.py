@@ -122,6 +122,7 @@ def test_eager_1f1b_hides_messages():
 def test_looped_bfs_closed_forms(v):
     for p, m in SIZES:
         timetable = make_timetable("looped-bfs", Shape(p * v, p, m))
+        assert gap(timetable, v, v, v) == 3 * (v * max(0, p - m) + min(m, p) - 1)
         if m >= p:
             assert idle(timetable, v, v, v) == [(p - 1) * 3] * p
         assert [peak_activations(row) for row in timetable.rows] == [m * v] * p
@@ -141,9 +142,11 @@ def test_zero_bubble_closed_forms(forward, inputs, weights):
 
 def test_zb_v_closed_forms():
     for p, m in SIZES:
+        timetable = make_timetable("zb-v", Shape(2 * p, p, m))
+        few = max(4 * p - 1 - 4 * m, 2 * p - 1 - min(m, p))
+        assert gap(timetable, 2, 2, 2) == (0 if m >= 2 * p - 1 else few)
+        assert max(peak_activations(row) for row in timetable.rows) == 2 * min(m, p)
         if m >= 2 * p - 1:
-            timetable = make_timetable("zb-v", Shape(2 * p, p, m))
-            assert gap(timetable, 2, 2, 2) == 0
             assert max(idle(timetable, 2, 2, 2)) == p - 1
             assert {peak_activations(row) for row in timetable.rows} == {2 * p}
 
@@ -259,6 +262,7 @@ def test_interleaved_closed_forms(v):
         if p * v > 32:
             continue
         timetable = make_timetable("interleaved-1f1b", Shape(p * v, p, m))
+        assert gap(timetable, v, v, v) == 3 * (v * max(0, p - m) + min(m, p) - 1)
         if m >= p:
             assert idle(timetable, v, v, v) == [(p - 1) * 3] * p
         if m % p == 0:

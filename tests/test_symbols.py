@@ -69,7 +69,7 @@ def test_forms_are_what_the_simulation_gives(name):
                     formula = float(forms[quantity].subs(values))
                     counted = result[f"activations {rank}" if quantity == "activations" else quantity]
                     if found.forms.exact or quantity not in ("idle", "bubble"):
-                        if quantity == "activations" and name in ("v-half", "v-min"):
+                        if quantity == "activations" and name in ("v-half", "v-min", "zb-v"):
                             counted = max(result[f"activations {r}"] for r in range(p))
                         assert counted == pytest.approx(formula), (p, v, m, times, rank, quantity)
                     else:
@@ -85,6 +85,7 @@ def test_solve():
     assert solve(find_schedule("1f1b"), "bubble <= 0.1", 8, 1) == (63, None)
     assert solve(find_schedule("interleaved-1f1b"), "bubble<0.1", 4, 2) == (14, None)
     assert solve(find_schedule("gpipe"), "activations <= 4", 8, 1) == (1, 4)
+    assert solve(find_schedule("zb-v"), "bubble <= 0", 4, 2) == (7, None)
     assert solve(find_schedule("zb-h2"), "idle <= 0", 8, 1) == (15, None)
     assert solve(find_schedule("1f1b"), "messages > 100", 2, 1) == (51, None)
 

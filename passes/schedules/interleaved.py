@@ -8,7 +8,8 @@ stages 2 and 3, a backward takes two units:
 
 p ranks, v stages a rank, m microbatches in rounds of p: idle (p-1)(F+B)/v, where F and B are a whole rank's share;
 2(p-r-1)+(v-1)p+1 activations of one stage in flight on rank r. Any m is allowed: the m mod p microbatches left over
-are spread over the rounds, which then hold between p and 2p-1 microbatches (m < p: one round of m).
+are spread over the rounds, which then hold between p and 2p-1 microbatches (m < p: one round
+of m, idle (F+B)(p-m + (m-1)/v)).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _row(shape: Shape, rank: int) -> tuple[Instruction, ...]:
     return tuple(row)
 
 
-FORMS = Forms("(p-1)*(F+I+W)/v", "Min(m*v, 2*(p-r-1)+(v-1)*p+1)", "m >= p", "Eq(Mod(m, p), 0)")
+FORMS = Forms("(F+I+W)*(Max(0, p-m) + (Min(m, p)-1)/v)", "Min(m*v, 2*(p-r-1)+(v-1)*ceiling(m/Max(1, floor(m/p)))+1)")
 
 
 def _one_stage(shape: Shape) -> str:

@@ -5,8 +5,8 @@ Two ranks, four stages (small letters: stages 2 and 3), three microbatches:
     rank 0  F0 F1 F2 f0 f1 f2 .. .. .. b0 == b1 == b2 == B0 == B1 == B2 ==
     rank 1  .. F0 F1 F2 f0 f1 f2 b0 == b1 == b2 == B0 == B1 == B2 == .. ..
 
-p ranks, v stages a rank, m >= p microbatches: idle (p-1)(F+B)/v, where F and B are a whole rank's share; all m v
-activations in flight. All microbatches of a stage run in a row, so that its parameters are fetched, and its gradients
+p ranks, v stages a rank, m >= p microbatches: idle (p-1)(F+B)/v, where F and B are a whole rank's share; m < p:
+(F+B)(p-m + (m-1)/v). All m v activations in flight. All microbatches of a stage run in a row, so that its parameters are fetched, and its gradients
 reduced, once for all of them.
 """
 
@@ -16,7 +16,7 @@ from pipecompile.ir import Shape
 from pipecompile.passes.schedules import Forms, Rows, Setting, schedule
 from pipecompile.passes.schedules.tasks import backward, forward
 
-FORMS = Forms("(p-1)*(F+I+W)/v", "m*v", "m >= p")
+FORMS = Forms("(F+I+W)*(Max(0, p-m) + (Min(m, p)-1)/v)", "m*v")
 
 
 @schedule("looped-bfs", forms=FORMS)

@@ -5,7 +5,8 @@ Two ranks, four stages (rank 0 holds 0 and 3, rank 1 holds 1 and 2; small letter
     rank 0  F0 F1 F2 f0 i0 w0 f1 i1 w1 F3 B0 == f2 i2 w2 F4 B1 == f3 i3 w3 B2 == f4 i4 w4 B3 == B4 == ..
     rank 1  .. F0 f0 F1 f1 i0 w0 F2 I0 W0 f2 i1 w1 F3 I1 W1 f3 i2 w2 F4 I2 W2 f4 i3 w3 I3 i4 I4 W3 w4 W4
 
-p ranks, m microbatches: at F = I = W the slowest rank idles 0 from its first to its last computation (m >= 2p-1);
+p ranks, m microbatches: at F = I = W the slowest rank idles 0 from its first to its last computation (m >= 2p-1),
+F/2 max(4p-1-4m, 2p-1-min(m, p)) with fewer microbatches;
 min(m, p) activations of a whole rank's share in flight. The drawn order is taken where all tasks cost the same and
 m >= 2p-1; otherwise the fastest of it and of the building blocks (blocks.py) that fit the same activations.
 """
@@ -53,7 +54,12 @@ def drawn(shape: Shape, rank: int) -> list[Task]:
     return [task for task in row if task[2] < shape.microbatches]
 
 
-FORMS = Forms("0", "2*p", "(m >= 2*p-1) & Eq(F, I) & Eq(I, W)", "m >= 2*p-1")
+FORMS = Forms(
+    "Piecewise((0, m >= 2*p-1), (F*Max(4*p-1-4*m, 2*p-1-Min(m, p))/2, True))",
+    "2*Min(m, p)",
+    "Eq(F, I) & Eq(I, W)",
+    "Eq(F, I) & Eq(I, W)",
+)
 
 
 @schedule("zb-v", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
