@@ -1,0 +1,147 @@
+"""What it costs to split a backward: input half plus weight half (I + W) over the whole (B).
+
+    python benchmarks/split_backward.py [--rounds 101] [--only WORD] [--json]
+
+Each stage takes a microbatch forward, then backward in three ways in turn: whole, in our two halves, in the two halves of
+``torch.distributed.pipelining``. The clock is the thread's own, so that other processes do not count; the figures are
+medians, those of the ratios medians of paired ratios. Gradients are added to what is there, as after a first microbatch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from pipecompile.runtime.split_backward import input_half, weight_half
+
+WARM_UP = 5
+
+
+def linear(width: int, layers: int) -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(layers)))
+
+
+def residual(channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+    )
+
+
+def depthwise(channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 4 * channels, 1),
+        nn.GELU(),
+        nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels),
+        nn.GELU(),
+        nn.Conv2d(4 * channels, channels, 1),
+    )
+
+
+def transformer(width: int, layers: int) -> nn.Module:
+    def layer() -> nn.Module:
+        return nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+
+    return nn.Sequential(*(layer() for _ in range(layers)))
+
+
+STAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear, small": (lambda: linear(128, 4), (16, 128)),
+    "linear, wide": (lambda: linear(512, 4), (128, 512)),
+    "transformer, small": (lambda: transformer(64, 2), (2, 32, 64)),
+    "transformer, wide": (lambda: transformer(256, 2), (4, 64, 256)),
+    "convolutions, small": (lambda: residual(16), (2, 16, 16, 16)),
+    "convolutions, wide": (lambda: residual(64), (4, 64, 28, 28)),
+    "depthwise convolutions": (lambda: depthwise(32), (4, 32, 14, 14)),
+}
+
+Halves = tuple[float, ...]
+"""Milliseconds of each part of a backward."""
+
+
+def timed(part: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.thread_time()
+    result = part()
+    return (time.thread_time() - began) * 1e3, result
+
+
+def whole(stage: nn.Module, leaf: Tensor, made: Tensor, gradient: Tensor) -> Halves:
+    edge = get_gradient_edge(made)
+    return (timed(lambda: torch.autograd.backward([edge], [gradient]))[0],)
+
+
+def ours(stage: nn.Module, leaf: Tensor, made: Tensor, gradient: Tensor) -> Halves:
+    edge = get_gradient_edge(made)
+    inputs, (_, rest) = timed(lambda: input_half([edge], [gradient], [leaf]))
+    return inputs, timed(lambda: weight_half(rest))[0]
+
+
+def torchs(stage: nn.Module, leaf: Tensor, made: Tensor, gradient: Tensor) -> Halves:
+    inputs, (_, groups) = timed(lambda: stage_backward_input([made], [gradient], [leaf], stage.parameters()))
+    return inputs, timed(lambda: stage_backward_weight(stage.parameters(), groups))[0]
+
+
+def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], rounds: int) -> dict[str, float]:
+    """Milliseconds and ratios of one stage."""
+    torch.manual_seed(0)
+    stage, x = make(), torch.randn(shape)
+    gradient = torch.randn_like(stage(x)) * 1e-3
+    ways = {"B": whole, "ours": ours, "torch": torchs}
+    found: dict[str, list[Halves]] = {name: [] for name in ways}
+    for _ in range(WARM_UP + rounds):
+        for name, way in ways.items():
+            leaf = x.clone().requires_grad_()
+            found[name].append(way(stage, leaf, stage(leaf), gradient))
+    times = {name: several[WARM_UP:] for name, several in found.items()}
+    ratios = {
+        name: statistics.median(sum(split) / sum(b) for split, b in zip(times[name], times["B"], strict=True))
+        for name in ("ours", "torch")
+    }
+    return {
+        "b_ms": statistics.median(b for (b,) in times["B"]),
+        "i_ms": statistics.median(i for i, _ in times["ours"]),
+        "w_ms": statistics.median(w for _, w in times["ours"]),
+        "ratio": ratios["ours"],
+        "torch_ratio": ratios["torch"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--only", default="", metavar="WORD", help="stages whose name has this")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = {name: case for name, case in STAGES.items() if options.only in name}
+    if not cases:
+        parser.error(f"no stage has {options.only!r} in its name; there are {', '.join(STAGES)}")
+    rows = {name: measure(*case, options.rounds) for name, case in cases.items()}
+    worst = max(row["ratio"] / row["torch_ratio"] for row in rows.values())
+    if options.json:
+        print(json.dumps({"stages": rows, "worst": worst}))
+        return int(worst > 1)
+    print("stage                       B ms    I ms    W ms  (I+W)/B  torch's (I+W)/B")
+    for name, row in rows.items():
+        print(
+            f"{name:24}{row['b_ms']:8.3f}{row['i_ms']:8.3f}{row['w_ms']:8.3f}{row['ratio']:9.3f}{row['torch_ratio']:18.3f}"
+        )
+    print(f"ours over torch's, worst stage: {worst:.3f}, allowed 1")
+    return int(worst > 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
