@@ -139,6 +139,21 @@ def test_evaluating_in_training_mode_is_the_next_steps_forward() -> None:
     assert not torch.equal(pipe.evaluate(words()), first), "the next step draws other numbers"
 
 
+def test_evaluating_keeps_nothing_for_a_backward() -> None:
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    pipe = compiled(Tied())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = pipe.evaluate(words())
+        assert not saved
+        assert torch.equal(pipe.step(words()), value)
+        assert saved
+
+
 def test_evaluating_a_sum_and_a_weight() -> None:
     model = Tied()
     pipe = compiled(model, tokens)
