@@ -16,7 +16,7 @@ from pipecompile.passes.schedules import make_timetable
 from pipecompile.passes.shorten import shorten
 from pipecompile.simulate import simulate
 
-SEARCHED = ("auto",)
+SEARCHED = ("auto", "v-half", "v-min", "zb-v")
 """Schedules that take too long to make for every partition that is tried."""
 
 SECONDS = 2.0

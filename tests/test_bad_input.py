@@ -67,7 +67,7 @@ def test_compile(options: dict[str, Any], error: type[PipecompileError], message
 
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
+        if x.sum().item() > 0:
             return x * 2
         return x
 
@@ -77,9 +77,11 @@ def test_a_model_that_cannot_be_traced() -> None:
         compile(nn.Sequential(nn.Linear(4, 4), Branch(), nn.Linear(4, 4)))
     message = str(caught.value)
     line = next(
-        n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.strip() == "if x.sum() > 0:"
+        n
+        for n, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if text.strip() == "if x.sum().item() > 0:"
     )
-    assert message.startswith(f"1 cannot be traced ({__file__}, line {line}: if x.sum() > 0:)")
+    assert message.startswith(f"1 cannot be traced ({__file__}, line {line}: if x.sum().item() > 0:)")
     assert "opaque=['1']" in message
     assert caught.value.__cause__ is not None
 
