@@ -14,8 +14,8 @@ from pipecompile.compare import buffers, differences, gradients, gradients_aside
 def one(got: Tensor | None, expected: Tensor | None, other: float = 0.0):
     """The difference of a single tensor beside a large one that agrees."""
     large = torch.full((4,), other)
-    found = list(differences({"a": got, "b": large}, {"a": expected, "b": large}, "gradient of"))
-    assert [difference.name for difference in found] == ["gradient of a", "gradient of b"]
+    found = list(differences({"a.w": got, "b.w": large}, {"a.w": expected, "b.w": large}, "gradient of"))
+    assert [difference.name for difference in found] == ["gradient of a.w", "gradient of b.w"]
     assert found[1].error == 0.0
     return found[0]
 
@@ -39,8 +39,18 @@ def test_the_error_is_relative_to_the_norm_and_judged_by_dtype(dtype: torch.dtyp
 
 def test_noise_around_zero_is_compared_with_the_largest_tensor() -> None:
     noise, zero = torch.tensor([1e-9]), torch.tensor([0.0])
-    assert one(noise, zero, other=1.0).error == pytest.approx(1e-9 / (1e-3 * 2))
+    assert one(noise, zero, other=1.0).error == pytest.approx(1e-9 / (1e-5 * 2))
     assert one(noise, zero, other=0.0).error == math.inf
+
+
+def test_a_bias_is_judged_beside_its_weight() -> None:
+    """The gradient of a key's bias is zero in exact arithmetic; what is left is rounding."""
+    expected = {"key.weight": torch.tensor([3.0, 4.0]), "key.bias": torch.tensor([1e-8]), "other.bias": torch.ones(1)}
+    got = {**expected, "key.bias": torch.tensor([-1e-8])}
+    errors = {difference.name: difference.error for difference in differences(got, expected, "of")}
+    assert errors == {"of key.weight": 0.0, "of key.bias": pytest.approx(2e-8 / 5), "of other.bias": 0.0}
+    wrong = {**expected, "other.bias": torch.tensor([1.001])}
+    assert not worst(list(differences(wrong, expected, "of"))).ok, "another module's gradients do not excuse it"
 
 
 def test_integers_must_be_equal() -> None:
