@@ -48,7 +48,7 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     notes = _disable_cache(model) + _coupled(model)
     step = Step(model, loss)
     seen = _observe(step, model, _copy(batch))
-    hidden = _matching(model, opaque)
+    hidden = _matching(model, opaque) | _recurrent(model)
     try:
         return _trace(step, model, batch, seen, hidden, notes, repeats=True)
     except NeedsFullTrace:
@@ -64,6 +64,11 @@ def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
                 f"opaque={pattern!r} names no module of {type(model).__name__}; modules are {_some(fqns)}"
             )
     return frozenset(fqn for fqn in fqns if any(fnmatchcase(fqn, pattern) for pattern in patterns))
+
+
+def _recurrent(model: nn.Module) -> frozenset[str]:
+    """Modules that are one operation inside, which torch 2.11 traces with states of a wrong shape."""
+    return frozenset(fqn for fqn, part in model.named_modules() if fqn and isinstance(part, nn.RNNBase))
 
 
 def _some(names: list[str]) -> str:

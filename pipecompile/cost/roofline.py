@@ -90,7 +90,8 @@ class Fused(torch.autograd.Function):
 def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float]:
     """FLOPs of fused attention, forward and backward; tensors of (.., heads, length, size), heads may be grouped."""
     batch = max(math.prod(x.shape[:-3]) for x in (query, key, value))
-    q, k, v = ((batch, *(1,) * (3 - x.dim()), *x.shape[-3:]) for x in (query, key, value))
+    heads = query.shape[-3] if query.dim() > 2 else 1
+    q, k, v = ((batch, heads, *x.shape[-2:]) for x in (query, key, value))
     forward: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
     backward: int = sdpa_backward_flop_count((*q[:-1], v[-1]), q, k, v)  # type: ignore[no-untyped-call]
     return forward, backward
