@@ -1,16 +1,14 @@
-"""Messages between processes: one ``torch.distributed`` group for each channel, so that none waits behind another.
+"""One rank's ends of all channels: shared memory to ranks of the same host, a ``torch.distributed`` group to others.
 
-The order of a rank's receives is known, so each channel always has its next ``AHEAD`` receives posted, and a message
-finds its buffer ready. Sends are asynchronous; their tensors are kept until the program says that they have arrived.
+A channel never waits behind another. Which sends have arrived is known from the program, at its receives.
 
-    channel 0>1 F      posted: m1 m2 │ RECV m1 ──▶ post m3, wait for m1
-    channel 1>0 F      sent:   m0 m1 │ RECV says "m0 has arrived" ──▶ let m0 go
+    channel 0>1 F     SharedSender ──────▶ SharedReceiver        one host, CPU
+    channel 1>2 F     GroupSender ═══════▶ GroupReceiver         two hosts, or CUDA
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,177 +18,157 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipecompile.errors import RuntimeFault
 from pipecompile.ir import RECEIVES, Program, Spec
-from pipecompile.runtime.lifetimes import arrivals
+from pipecompile.runtime.lifetimes import Arrivals, arrivals, most_on_the_way
+from pipecompile.runtime.links import GroupReceiver, GroupSender, Receiver, Sender, Specs
 from pipecompile.runtime.messages import Channel, Message, Plans, channels, message_of
+from pipecompile.runtime.shared_memory import SharedReceiver, SharedSender, host, meet
 from pipecompile.runtime.transport import Value
-
-AHEAD = 2
-"""Receives posted on each channel before they are needed."""
-
-Blank = Spec | None
-"""What a buffer looks like; None: a value that is None."""
-Posted = tuple[list[Any], list[Value]]
 
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """A receive of the row: its channel, what to post before waiting for it, which sends have arrived after it."""
+    """A receive of the row: its channel's end, and which sends have arrived after it."""
 
-    channel: Channel
-    post: tuple[Blank, ...] | None
-    arrived: tuple[tuple[Channel, int], ...]
+    receiver: Receiver
+    arrived: tuple[tuple[Sender, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where ranks find each other: the store, a name in it, and how long to wait there. ``share``: memory, if possible."""
+
+    store: Any
+    name: str
+    timeout: timedelta
+    share: bool = True
 
 
 class Channels:
-    """One rank's ends of all channels. All ranks must make theirs at the same time: groups are made in one order."""
+    """One rank's ends of all channels. All ranks must make theirs at the same time: groups are made in one order.
 
-    def __init__(self, program: Program, rank: int, plans: Plans, device: torch.device, timeout_s: float) -> None:
-        found = channels(program, plans)
-        self._device = device
-        self._timeout = timedelta(seconds=timeout_s)
-        self._groups: dict[Channel, Any] = {}
-        for channel in found:
-            group = dist.new_group(list(channel[:2]), timeout=self._timeout)
-            if rank in channel[:2]:
-                self._groups[channel] = group
-        self._incoming = {
-            channel: [_blanks(message) for message in messages]
-            for channel, messages in found.items()
-            if channel[1] == rank
-        }
-        self._receives = _plan_receives(program, rank, plans, self._incoming)
-        self._next = 0
-        self._posted: dict[Channel, deque[Posted]] = {channel: deque() for channel in self._incoming}
-        self._sent: dict[Channel, deque[tuple[list[Any], list[Tensor]]]] = {
-            channel: deque() for channel in self._groups if channel[0] == rank
-        }
-        self._ends = {channel: (0 if channel[0] < channel[1] else 1) for channel in self._groups}
-        self._warm_up(rank)
+    ``told``: values that one rank has at the end of a step and all want, each with its rank.
+    """
 
-    def _warm_up(self, rank: int) -> None:
-        """Connect every channel in the one order in which all ranks list them."""
-        token = torch.zeros(1, device=self._device)
-        for channel in self._groups:
-            if channel[0] == rank:
-                self._wait([self._start_send(channel, token)], channel[1])
-            else:
-                self._wait([self._start_receive(channel, token)], channel[0])
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        plans: Plans,
+        device: torch.device,
+        meeting: Meeting,
+        told: Sequence[tuple[int, Spec]] = (),
+    ) -> None:
+        found = {
+            channel: [message.specs for message in messages] for channel, messages in channels(program, plans).items()
+        }
+        over = arrivals(program, plans)
+        self._senders: dict[Channel, Sender] = {}
+        self._receivers: dict[Channel, Receiver] = {}
+        hosts = _hosts(program.shape.ranks, rank, device, meeting)
+        self._tells = _tellings(told, program.shape.ranks) if len(set(hosts)) == 1 and hosts[0] else {}
+        self._rank = rank
+        slots = most_on_the_way(program, plans, over) | dict.fromkeys(self._tells, 1)
+        found |= self._tells
+        near = [c for c in found if hosts[c[0]] and hosts[c[0]] == hosts[c[1]]]
+        self._share({c: found[c] for c in near}, slots, rank, hosts, meeting)
+        self._group({c: found[c] for c in found if c not in near}, rank, device, meeting.timeout)
+        self._ends: tuple[Sender | Receiver, ...] = (*self._senders.values(), *self._receivers.values())
+        self._receives = self._plan_receives(program, rank, plans, over)
+        self._next = iter(self._receives)
+
+    def _share(
+        self,
+        found: dict[Channel, list[Specs]],
+        slots: dict[Channel, int],
+        rank: int,
+        hosts: list[str],
+        meeting: Meeting,
+    ) -> None:
+        """Ends in shared memory."""
+        outgoing, incoming = [c for c in found if c[0] == rank], [c for c in found if c[1] == rank]
+        if not outgoing and not incoming:
+            return
+        spin = hosts.count(hosts[rank]) * torch.get_num_threads() <= len(os.sched_getaffinity(0))
+        connections = meet(outgoing, incoming, meeting.store, meeting.name, rank, meeting.timeout)
+        for c in outgoing:
+            self._senders[c] = SharedSender(connections[c], c[1], found[c], slots[c], meeting.timeout, spin)
+        for c in incoming:
+            self._receivers[c] = SharedReceiver(connections[c], c[0], found[c], slots[c], meeting.timeout, spin)
+
+    def _group(self, found: dict[Channel, list[Specs]], rank: int, device: torch.device, timeout: timedelta) -> None:
+        """Ends of groups, connected in the one order in which all ranks list them."""
+        groups = {channel: dist.new_group(list(channel[:2]), timeout=timeout) for channel in found}
+        token = torch.zeros(1, device=device)
+        for channel, messages in found.items():
+            source, target, _ = channel
+            if rank == source:
+                sender = GroupSender(groups[channel], int(source > target), target, messages, timeout)
+                sender.warm_up(token)
+                self._senders[channel] = sender
+            elif rank == target:
+                receiver = GroupReceiver(groups[channel], int(target > source), source, messages, timeout, device)
+                receiver.warm_up(token)
+                self._receivers[channel] = receiver
+
+    def _plan_receives(self, program: Program, rank: int, plans: Plans, over: Arrivals) -> list[Receive]:
+        planned = []
+        for position, one in enumerate(program.rows[rank]):
+            if one.op in RECEIVES:
+                channel = message_of(one, plans, program.shape.placement).channel
+                arrived = tuple((self._senders[c], count) for c, count in over[rank, position].items())
+                planned.append(Receive(self._receivers[channel], arrived))
+        return planned
 
     def begin(self) -> None:
-        self._next = 0
-        for channel, messages in self._incoming.items():
-            for blanks in messages[:AHEAD]:
-                self._post(channel, blanks)
+        self._next = iter(self._receives)
+        for end in self._ends:
+            end.begin()
 
     def send(self, message: Message, values: Sequence[Value]) -> None:
-        tensors = [
-            _as_it_lies(value, spec).contiguous()
-            for value, spec in zip(values, message.specs)
-            if value is not None and value.numel()
-        ]
-        works = [self._start_send(message.channel, tensor) for tensor in tensors]
-        self._sent[message.channel].append((works, tensors))
+        self._senders[message.channel].send(values)
 
     def receive(self, message: Message) -> Sequence[Value]:
-        plan = self._receives[self._next]
-        self._next += 1
-        if plan.post is not None:
-            self._post(plan.channel, plan.post)
-        works, values = self._posted[plan.channel].popleft()
-        self._wait(works, plan.channel[0])
-        for channel, count in plan.arrived:
-            for _ in range(count):
-                self._wait(self._sent[channel].popleft()[0], channel[1])
+        plan = next(self._next)
+        values = plan.receiver.receive()
+        for sender, count in plan.arrived:
+            sender.arrived(count)
         return values
 
+    def tell(self, index: int, mine: Tensor | None) -> Tensor | None:
+        """A value of ``told`` on every rank, ``mine`` on the rank that has it; None if it must be told otherwise."""
+        for channel in self._tells:
+            if channel[2] == str(index):
+                if channel[0] == self._rank:
+                    self._senders[channel].send([mine])
+                elif channel[1] == self._rank:
+                    (mine,) = self._receivers[channel].receive()
+        return mine if self._tells else None
+
     def end(self) -> None:
-        """Wait until everything that was sent has arrived."""
-        for channel, queue in self._sent.items():
-            while queue:
-                self._wait(queue.popleft()[0], channel[1])
+        """Let go of everything that was sent; it may still be on its way in shared memory."""
+        for end in self._ends:
+            end.end()
 
     def close(self) -> None:
         """Break all connections, so that whoever waits for this rank hears of it now."""
-        self._posted.clear()
-        self._sent.clear()
-        while self._groups:
-            dist.destroy_process_group(self._groups.popitem()[1])
-
-    def _post(self, channel: Channel, blanks: tuple[Blank, ...]) -> None:
-        values: list[Value] = []
-        works = []
-        for blank in blanks:
-            value = None if blank is None else _empty(blank, self._device)
-            values.append(value)
-            if value is not None and blank is not None and value.numel():
-                works.append(self._start_receive(channel, _as_it_lies(value, blank)))
-        self._posted[channel].append((works, values))
-
-    def _start_send(self, channel: Channel, tensor: Tensor) -> Any:
-        try:
-            return self._groups[channel].send([tensor], 1 - self._ends[channel], 0)
-        except RuntimeError as error:
-            raise _broken(f"rank {channel[1]}") from error
-
-    def _start_receive(self, channel: Channel, tensor: Tensor) -> Any:
-        try:
-            return self._groups[channel].recv([tensor], self._ends[channel], 0)
-        except RuntimeError as error:
-            raise _broken(f"rank {channel[0]}") from error
-
-    def _wait(self, works: list[Any], peer: int) -> None:
-        while works:
-            wait_for(works.pop(), self._timeout, f"rank {peer}")
+        ends, self._ends = self._ends, ()
+        for end in ends:
+            end.close()
 
 
-def wait_for(work: Any, timeout: timedelta, whom: str) -> None:
-    """Wait for a piece of communication; RuntimeFault says whether ``whom`` is late or gone."""
-    started = time.monotonic()
-    try:
-        work.wait(timeout)
-    except RuntimeError as error:
-        del work  # it keeps its connection open
-        limit = timeout.total_seconds()
-        if time.monotonic() - started >= 0.99 * limit:
-            raise RuntimeFault(
-                f"waited {limit:g} s for {whom}, which is stuck, gone or slow; allow more time with timeout_s="
-            ) from error
-        raise _broken(whom) from error
+def _tellings(told: Sequence[tuple[int, Spec]], ranks: int) -> dict[Channel, list[Specs]]:
+    """A channel for each value and each rank that wants it."""
+    return {
+        (source, target, str(index)): [(spec,)]
+        for index, (source, spec) in enumerate(told)
+        for target in range(ranks)
+        if target != source
+    }
 
 
-def _broken(whom: str) -> RuntimeFault:
-    return RuntimeFault(f"the connection to {whom} broke, its process has ended or failed; look at what it printed")
-
-
-def _blanks(message: Message) -> tuple[Blank, ...]:
-    return tuple(None if spec.dtype == "none" else spec for spec in message.specs)
-
-
-def _empty(spec: Spec, device: torch.device) -> Tensor:
-    """Memory laid out as it was when the model was compiled: another layout means other kernels, and other last bits."""
-    order = spec.order or tuple(range(len(spec.shape)))
-    return torch.empty_permuted(spec.shape, order, dtype=getattr(torch, spec.dtype), device=device)
-
-
-def _as_it_lies(value: Tensor, spec: Spec) -> Tensor:
-    """The same memory with its dimensions from the outermost to the innermost."""
-    return value.permute(spec.order) if spec.order else value
-
-
-def _plan_receives(
-    program: Program, rank: int, plans: Plans, incoming: dict[Channel, list[tuple[Blank, ...]]]
-) -> list[Receive]:
-    """The row's receives in order, each with the one to post ahead on its channel."""
-    arrived = arrivals(program, plans)
-    seen = dict.fromkeys(incoming, 0)
-    planned = []
-    for position, one in enumerate(program.rows[rank]):
-        if one.op in RECEIVES:
-            channel = message_of(one, plans, program.shape.placement).channel
-            ahead = seen[channel] + AHEAD
-            seen[channel] += 1
-            post = incoming[channel][ahead] if ahead < len(incoming[channel]) else None
-            planned.append(Receive(channel, post, tuple(arrived[rank, position].items())))
-    return planned
+def _hosts(ranks: int, rank: int, device: torch.device, meeting: Meeting) -> list[str]:
+    """For each rank the host whose memory it shares, empty if none."""
+    mine = host() if meeting.share and device.type == "cpu" else ""
+    meeting.store.set(f"{meeting.name}/host/{rank}", mine)
+    return [meeting.store.get(f"{meeting.name}/host/{other}").decode() for other in range(ranks)]

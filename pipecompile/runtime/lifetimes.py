@@ -44,6 +44,21 @@ def arrivals(program: Program, plans: Plans) -> Arrivals:
     return found
 
 
+def most_on_the_way(program: Program, plans: Plans, over: Arrivals) -> dict[Channel, int]:
+    """For each channel the most messages that are sent but not known to have arrived."""
+    most: dict[Channel, int] = {}
+    for rank, row in enumerate(program.rows):
+        held: dict[Channel, int] = {}
+        for position, one in enumerate(row):
+            if one.op in SENDS:
+                channel = message_of(one, plans, program.shape.placement).channel
+                held[channel] = held.get(channel, 0) + 1
+                most[channel] = max(most.get(channel, 0), held[channel])
+            for channel, count in over.get((rank, position), {}).items():
+                held[channel] -= count
+    return most
+
+
 def _receive_positions(program: Program, plans: Plans) -> dict[Channel, deque[int]]:
     found: dict[Channel, deque[int]] = {}
     for row in program.rows:

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipecompile.errors import RuntimeFault
-from pipecompile.ir import Program, StagePlan
-from pipecompile.runtime.channels import Channels, wait_for
+from pipecompile.ir import Program, Spec, StagePlan
+from pipecompile.runtime.channels import Channels, Meeting
 from pipecompile.runtime.executor import Executor, Ran, Step, fault, timed
 from pipecompile.runtime.faults import FirstFault, check_in
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
+from pipecompile.runtime.links import wait_for
 from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.wiring import Reduce, wire
@@ -30,7 +31,8 @@ class RankRuntime:
 
     ``stages`` are the rank's own, ``plans`` all. The default process group must be there (``connect`` makes it), with
     one process for each rank. A wait longer than ``timeout_s`` seconds is a RuntimeFault; so is any failure of another
-    rank, and its message is the first one's.
+    rank, and its message is the first one's. Ranks of one host pass messages between CPUs through shared memory, unless
+    ``shared_memory`` is False.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RankRuntime:
         weight: str = "",
         timeout_s: float = 300.0,
         device: torch.device | str | None = None,
+        shared_memory: bool = True,
     ) -> None:
         found = by_index(plans, program)
         ranks = program.shape.ranks
@@ -62,7 +65,9 @@ class RankRuntime:
         name = f"pipecompile/runtime/{next(_made)}"
         check_in(store, rank, ranks, name, timeout_s)
         self._faults = FirstFault(store, f"{name}/fault")
-        self._channels = Channels(program, rank, found, self._device, timeout_s)
+        self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
+        meeting = Meeting(store, name, self._timeout, shared_memory)
+        self._channels = Channels(program, rank, found, self._device, meeting, self._totals)
         self._reducing = _reduce_groups(program, rank, self._timeout)
         self._everyone = dist.new_group(list(range(ranks)), timeout=self._timeout)
         self._executor = Executor(row, self._channels, self._reduce, self._microbatches, not weight)
@@ -70,7 +75,6 @@ class RankRuntime:
         everything = [list(stage.parameters()) for stage in stages.values()]
         self._apart = Apart(p for several in (everything if weight else self._shared.values()) for p in several)
         self._sums: list[tuple[Any, list[Tensor], Tensor]] = []
-        self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
 
     def before_forward(self, hook: Callable[[int], None]) -> None:
         """Call ``hook(microbatch)`` before each forward of a stage."""
@@ -110,20 +114,24 @@ class RankRuntime:
             raise RuntimeFault(f"this runtime has failed before ({self._failed}); start the processes again")
 
     def _finish(self) -> Tensor:
-        self._channels.end()
         for work, copies, gradient in self._sums:
             wait_for(work, self._timeout, "the ranks that share a parameter")
             share(copies, gradient)
         self._sums = []
         loss, weight = self._executor.losses, self._executor.weights
-        values = [self._tell(mine, *maker) for mine, maker in zip((loss, weight), self._totals)]
+        values = [self._tell(index, mine) for index, (mine, _) in enumerate(zip((loss, weight), self._totals))]
+        self._channels.end()
         self._apart.end(*values[1:])
         self._executor.end()
         return values[0] / values[1] if len(values) > 1 else values[0]
 
-    def _tell(self, mine: Tensor | None, rank: int, dtype: torch.dtype) -> Tensor:
-        """What ``rank`` has made, on every rank."""
-        value = torch.empty((), dtype=dtype, device=self._device) if mine is None else mine
+    def _tell(self, index: int, mine: Tensor | None) -> Tensor:
+        """The loss (0) or the weight (1) of the rank that has made it, on every rank."""
+        told = self._channels.tell(index, mine)
+        if told is not None:
+            return told
+        rank, spec = self._totals[index]
+        value = torch.empty((), dtype=getattr(torch, spec.dtype), device=self._device) if mine is None else mine
         work = dist.broadcast(value, src=rank, group=self._everyone, async_op=True)
         wait_for(work, self._timeout, f"rank {rank}, which makes the loss, or another rank")
         return value
@@ -168,10 +176,10 @@ def _reduce_groups(program: Program, rank: int, timeout: timedelta) -> dict[tupl
     return {ranks: group for ranks, group in groups.items() if rank in ranks}
 
 
-def _maker(program: Program, plans: Plans, name: str) -> tuple[int, torch.dtype]:
-    """The rank that makes the output ``name``, and the output's dtype."""
+def _maker(program: Program, plans: Plans, name: str) -> tuple[int, Spec]:
+    """The rank that makes the output ``name``, and what it looks like."""
     for plan in plans.values():
         for port in plan.outputs:
             if port.name == name:
-                return program.shape.placement[plan.index], getattr(torch, port.spec.dtype)
+                return program.shape.placement[plan.index], port.spec
     raise AssertionError(f"wiring has checked that one stage makes {name!r}")

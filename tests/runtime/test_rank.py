@@ -28,12 +28,12 @@ def runtime_of(rank: int, schedule: str, ranks: int, **options: Any) -> tuple[Ne
     return model, RankRuntime(program, rank, mine, PLANS, loss="loss", **options)
 
 
-def train(rank: int, ranks: int, schedules: tuple[str, ...], weight: str) -> dict[str, Any]:
+def train(rank: int, ranks: int, schedules: tuple[str, ...], weight: str, shared_memory: bool = True) -> dict[str, Any]:
     """Two steps with each schedule: the losses, and the gradients and buffers of this rank's stages."""
     connect(timeout_s=30)
     found: dict[str, Any] = {}
     for schedule in schedules:
-        model, runtime = runtime_of(rank, schedule, ranks, weight=weight, timeout_s=30)
+        model, runtime = runtime_of(rank, schedule, ranks, weight=weight, timeout_s=30, shared_memory=shared_memory)
         ran: list[Any] = []
         losses = [runtime.step(batch_of(MICROBATCHES, seed), ran).item() for seed in (1, 2)]
         assert [one for one, _, _ in ran] == 2 * list(program_of(schedule, ranks, MICROBATCHES).rows[rank])
@@ -44,14 +44,18 @@ def train(rank: int, ranks: int, schedules: tuple[str, ...], weight: str) -> dic
 
 
 @pytest.mark.parametrize(
-    ("ranks", "schedules"),
-    [(2, ("interleaved-1f1b", "looped-bfs")), (4, ("gpipe", "1f1b", "eager-1f1b", "zb-h2"))],
+    ("ranks", "schedules", "shared_memory"),
+    [
+        (2, ("interleaved-1f1b", "looped-bfs"), True),
+        (4, ("gpipe", "1f1b", "eager-1f1b", "zb-h2"), True),
+        (4, ("1f1b", "zb-h1"), False),
+    ],
 )
-def test_loss_gradients_and_buffers(ranks: int, schedules: tuple[str, ...]) -> None:
+def test_loss_gradients_and_buffers(ranks: int, schedules: tuple[str, ...], shared_memory: bool) -> None:
     reference = Net()
     losses = [accumulate(reference, batch_of(MICROBATCHES, seed), MICROBATCHES).item() for seed in (1, 2)]
     expected = {name: p.grad for name, p in reference.named_parameters()}
-    answers = run(train, ranks, ranks, schedules, "")
+    answers = run(train, ranks, ranks, schedules, "", shared_memory)
     for schedule in schedules:
         seen = set()
         for rank, answer in enumerate(answers):
@@ -86,10 +90,10 @@ def test_a_weighted_loss() -> None:
             )
 
 
-def fail(rank: int, how: str, at: int, timeout_s: float) -> str:
+def fail(rank: int, how: str, at: int, timeout_s: float, shared_memory: bool = True) -> str:
     """Rank 1 fails in the forward of microbatch ``at``; the others tell how they hear of it, and after how long."""
     connect(timeout_s=30)
-    model, runtime = runtime_of(rank, "1f1b", 4, timeout_s=timeout_s)
+    model, runtime = runtime_of(rank, "1f1b", 4, timeout_s=timeout_s, shared_memory=shared_memory)
     runtime.step(batch_of(MICROBATCHES))
     calls: list[int] = []
     forward = model.layers[1].forward
@@ -130,8 +134,9 @@ def test_a_rank_that_raises_ends_all_ranks_with_its_error() -> None:
         assert float(took) < 15, "nobody waits for the timeout"
 
 
-def test_a_rank_that_is_killed_ends_all_ranks() -> None:
-    answers = run(fail, 4, "kill", 1, 20.0)
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_rank_that_is_killed_ends_all_ranks(shared_memory: bool) -> None:
+    answers = run(fail, 4, "kill", 1, 20.0, shared_memory)
     assert answers.pop(1) is None
     for answer in answers:
         first, *_, took = answer.split(" | ")
@@ -185,6 +190,7 @@ def test_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def too_many(rank: int) -> str:
     connect(timeout_s=20)
+    torch.distributed.barrier()
     return str(runtime_of(rank, "1f1b", 4))
 
 

@@ -1,0 +1,206 @@
+"""The two ends of a channel: what a sender and a receiver can do, and how they do it over ``torch.distributed``.
+
+A channel has its own group. The order of its messages is known, so the next receives are always posted and a message
+finds its buffer ready. Sends are asynchronous; their tensors are kept until the program says that they have arrived.
+
+    posted: m1 m2 │ receive ──▶ post m3, wait for m1            sent: m0 m1 │ arrived(1) ──▶ let m0 go
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipecompile.errors import RuntimeFault
+from pipecompile.ir import Spec
+from pipecompile.runtime.transport import Value
+
+AHEAD = 2
+"""Receives posted on a channel before they are needed, at least."""
+AHEAD_BYTES = 1 << 20
+"""Small messages cost their latency only: of them as many receives are posted as fit in this."""
+
+Specs = tuple[Spec, ...]
+"""What a message carries; the dtype "none" is a value that is None."""
+
+
+class Sender(Protocol):
+    """The end that sends the messages of every step in their fixed order."""
+
+    def begin(self) -> None:
+        """Get ready for a step."""
+
+    def send(self, values: Sequence[Value]) -> None:
+        """Send the next message, without waiting until it arrives."""
+
+    def arrived(self, count: int) -> None:
+        """``count`` more messages are known to have arrived."""
+
+    def end(self) -> None:
+        """The step's last message was sent."""
+
+    def close(self) -> None:
+        """Break the connection."""
+
+
+class Receiver(Protocol):
+    """The end that receives them."""
+
+    def begin(self) -> None:
+        """Get ready for a step."""
+
+    def receive(self) -> Sequence[Value]:
+        """The values of the next message, which belong to the caller alone."""
+
+    def end(self) -> None:
+        """The step's last message was received."""
+
+    def close(self) -> None:
+        """Break the connection."""
+
+
+class GroupSender:
+    """Sends through a group of two ranks."""
+
+    def __init__(self, group: Any, end: int, peer: int, messages: Sequence[Specs], timeout: timedelta) -> None:
+        self._group, self._end, self._peer, self._timeout = group, end, peer, timeout
+        self._messages = messages
+        self._next: Iterator[Specs] = iter(())
+        self._sent: deque[tuple[list[Any], list[Tensor]]] = deque()
+
+    def begin(self) -> None:
+        self._next = iter(self._messages)
+
+    def send(self, values: Sequence[Value]) -> None:
+        tensors = [
+            as_it_lies(value, spec).contiguous()
+            for value, spec in zip(values, next(self._next))
+            if value is not None and value.numel()
+        ]
+        self._sent.append(([self._start(tensor) for tensor in tensors], tensors))
+
+    def arrived(self, count: int) -> None:
+        for _ in range(count):
+            wait_for_all(self._sent.popleft()[0], self._timeout, self._peer)
+
+    def end(self) -> None:
+        self.arrived(len(self._sent))
+
+    def close(self) -> None:
+        self._sent.clear()
+        dist.destroy_process_group(self._group)
+
+    def warm_up(self, token: Tensor) -> None:
+        """Connect; the other end must do the same now."""
+        wait_for_all([self._start(token)], self._timeout, self._peer)
+
+    def _start(self, tensor: Tensor) -> Any:
+        try:
+            return self._group.send([tensor], 1 - self._end, 0)
+        except RuntimeError as error:
+            raise broken(f"rank {self._peer}") from error
+
+
+class GroupReceiver:
+    """Receives through a group of two ranks."""
+
+    def __init__(
+        self,
+        group: Any,
+        end: int,
+        peer: int,
+        messages: Sequence[Specs],
+        timeout: timedelta,
+        device: torch.device,
+    ) -> None:
+        self._group, self._end, self._peer, self._timeout, self._device = group, end, peer, timeout, device
+        self._messages = messages
+        largest = max((sum(spec.bytes for spec in specs) for specs in messages), default=0)
+        self._ahead = max(AHEAD, AHEAD_BYTES // max(largest, 1))
+        self._next: Iterator[Specs] = iter(())
+        self._posted: deque[tuple[list[Any], list[Value]]] = deque()
+
+    def begin(self) -> None:
+        self._next = iter(self._messages)
+        for specs in itertools.islice(self._next, self._ahead):
+            self._post(specs)
+
+    def receive(self) -> Sequence[Value]:
+        following = next(self._next, None)
+        if following is not None:
+            self._post(following)
+        works, values = self._posted.popleft()
+        wait_for_all(works, self._timeout, self._peer)
+        return values
+
+    def end(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._posted.clear()
+        dist.destroy_process_group(self._group)
+
+    def warm_up(self, token: Tensor) -> None:
+        """Connect; the other end must do the same now."""
+        wait_for_all([self._start(token)], self._timeout, self._peer)
+
+    def _post(self, specs: Specs) -> None:
+        values = [None if spec.dtype == "none" else _empty(spec, self._device) for spec in specs]
+        works = [
+            self._start(as_it_lies(value, spec))
+            for value, spec in zip(values, specs)
+            if value is not None and value.numel()
+        ]
+        self._posted.append((works, values))
+
+    def _start(self, tensor: Tensor) -> Any:
+        try:
+            return self._group.recv([tensor], 1 - self._end, 0)
+        except RuntimeError as error:
+            raise broken(f"rank {self._peer}") from error
+
+
+def wait_for_all(works: list[Any], timeout: timedelta, peer: int) -> None:
+    """Wait for pieces of communication with rank ``peer``."""
+    while works:
+        wait_for(works.pop(), timeout, f"rank {peer}")
+
+
+def wait_for(work: Any, timeout: timedelta, whom: str) -> None:
+    """Wait for a piece of communication; RuntimeFault says whether ``whom`` is late or gone."""
+    started = time.monotonic()
+    try:
+        work.wait(timeout)
+    except RuntimeError as error:
+        del work  # it keeps its connection open
+        if time.monotonic() - started >= 0.99 * timeout.total_seconds():
+            raise late(whom, timeout) from error
+        raise broken(whom) from error
+
+
+def late(whom: str, timeout: timedelta) -> RuntimeFault:
+    limit = timeout.total_seconds()
+    return RuntimeFault(f"waited {limit:g} s for {whom}, which is stuck, gone or slow; allow more time with timeout_s=")
+
+
+def broken(whom: str) -> RuntimeFault:
+    return RuntimeFault(f"the connection to {whom} broke, its process has ended or failed; look at what it printed")
+
+
+def as_it_lies(value: Tensor, spec: Spec) -> Tensor:
+    """The same memory with its dimensions from the outermost to the innermost."""
+    return value.permute(spec.order) if spec.order else value
+
+
+def _empty(spec: Spec, device: torch.device) -> Tensor:
+    """Memory laid out as it was when the model was compiled: another layout means other kernels, and other last bits."""
+    order = spec.order or tuple(range(len(spec.shape)))
+    return torch.empty_permuted(spec.shape, order, dtype=getattr(torch, spec.dtype), device=device)
