@@ -124,6 +124,8 @@ class _Source:
         if self.body.replicated:
             lines += [f"        {_target(self._helper_results())} = self._replicated(batch)"]
         lines += [f"        {name} = {name}.clone()  # changed in place below" for name in self.body.copied]
+        if lines[-1].endswith(":"):
+            statements = statements[statements[:1] == [""] :]  # no empty line at the beginning
         return [*lines, *statements, f"        return {_tuple([port.name for port in plan.outputs])}"]
 
     def _statements(self, nodes: Iterable[Node]) -> list[str]:
@@ -138,7 +140,7 @@ class _Source:
             checkpoint = next((tag for tag in context if tag.startswith(CHECKPOINT)), "")
             if checkpoint:
                 made = self._read_outside(group)
-                lines.append(f"{' ' * indent}def checkpointed():")
+                lines += ["", f"{' ' * indent}def checkpointed():"]
                 indent += 4
             for tag in context:
                 if not tag.startswith(CHECKPOINT):
@@ -153,8 +155,9 @@ class _Source:
                 lines += self._node(node, indent)
             if checkpoint:
                 self.render.modules.add("checkpoint")
-                lines.append(f"            return {_tuple(made)}")
-                lines.append(f"        {_target(made)} = checkpoint(checkpointed, use_reentrant=False)")
+                lines += [f"            return {_tuple(made)}", ""]
+                _, comma, options = checkpoint.partition(",")
+                lines.append(f"        {_target(made)} = checkpoint(checkpointed, use_reentrant=False{comma}{options})")
         if self.render.uses_device:
             lines = ["        device = device_of(self, batch)", *lines]
         self.render.uses_device |= used_before

@@ -9,6 +9,7 @@ from typing import Any
 from pipecompile.ir import Forecast, Program, Shape
 from pipecompile.passes.assemble import StageBody, held
 from pipecompile.passes.communicate import communicate
+from pipecompile.passes.notes import stage_notes
 from pipecompile.passes.opening import Split
 from pipecompile.passes.partitioners import pose
 from pipecompile.passes.partitioners.explain import explain
@@ -66,7 +67,7 @@ class Compiled:
             replicated=tuple(node.name for node in graph.nodes if node.name in graph.replicated),
             why=self.why(),
             opened=tuple(key for key in graph.opened if not key.startswith("@")),
-            notes=(*graph.notes, *self.split.gains, *([note] if note else [])),
+            notes=(*graph.notes, *stage_notes(graph, self.bodies), *self.split.gains, *([note] if note else [])),
             source=source,
         )
 

@@ -16,6 +16,7 @@ from pipecompile.ir import Graph, Shape
 from pipecompile.passes.assemble import assemble
 from pipecompile.passes.codegen import codegen
 from pipecompile.passes.communicate import communicate
+from pipecompile.passes.notes import with_notes
 from pipecompile.passes.opening import split
 from pipecompile.passes.schedules import check_shape, make_timetable
 from pipecompile.passes.verify import verify
@@ -31,7 +32,7 @@ def compile_model(model: nn.Module, microbatch: Any, loss: Loss | None, price: P
     """
     shape = Shape(options.stages, options.ranks, options.microbatches)
     check_shape(options.schedule, shape)  # what is impossible is refused before the model is traced
-    graph = capture(model, microbatch, loss, options.opaque)
+    graph = with_notes(capture(model, microbatch, loss, options.opaque))
 
     def with_budget(memory: int | None) -> Compiled:
         parts = split(graph, options.stages, price, cutter(options, shape, memory), type(model).__name__)

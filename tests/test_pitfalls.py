@@ -5,6 +5,7 @@ Each is exact with its remedy, or refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipecompile.errors import CaptureError, RuntimeFault
-from tests.zoo.harness import compiled, families, run
+from tests.zoo.harness import compiled, run
 
 WIDTH = 16
 
@@ -235,6 +236,35 @@ def test_a_checkpointed_layer_is_run_again_in_the_backward(make: type[Checkpoint
     assert saved == 3
 
 
+class CheckpointOptions(Checkpointed):
+    """Blocks alike, so that all but the first are repetitions of it, each checkpointed with options."""
+
+    options: dict[str, Any] = {"preserve_rng_state": False, "determinism_check": "none"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0 * self.layers[0].weight.sum()
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False, **self.options)
+        return x.square().mean()
+
+
+def test_checkpoint_options_and_regions_are_kept_apart() -> None:
+    case_ = case(CheckpointOptions)
+    row = run("options", case_, 3, 3, "1f1b")
+    assert row.ok, row
+    pipe = compiled(case_, 3, 3, "1f1b")
+    written = 'checkpoint(checkpointed, use_reentrant=False, preserve_rng_state=False, determinism_check="none")'
+    assert sum(pipe.source(stage).count(written) for stage in range(3)) == 6, "one region for each block"
+
+
+class CheckpointContext(CheckpointOptions):
+    options = {"context_fn": lambda: (contextlib.nullcontext(), contextlib.nullcontext())}
+
+
 class CustomInTheModel(Net):
     def between(self, x: Tensor, index: int) -> Tensor:
         return Square.apply(x)
@@ -248,7 +278,11 @@ class HookInTheModel(Net):
 
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(CustomInTheModel, "custom autograd function Square"), (HookInTheModel, "registers a hook on a tensor")],
+    [
+        (CustomInTheModel, "custom autograd function Square"),
+        (HookInTheModel, "registers a hook on a tensor"),
+        (CheckpointContext, "checkpoints activations with a context_fn"),
+    ],
 )
 def test_refused_by_name(make: Callable[[], nn.Module], why: str) -> None:
     model, batch, loss = case(make)
@@ -287,8 +321,36 @@ def test_a_decision_that_changes_is_refused_by_line() -> None:
         pipe.step(case[1] | {"flag": -torch.ones(8)})
 
 
-def test_batch_norm_is_warned_about_only_while_it_trains() -> None:
-    model, batch, loss = families()["batchnorm_cnn"]()
-    notes = compiled((model, batch, loss), 2, 2, "1f1b").plan.notes
-    assert any(note.startswith("stem.1 and 5 more: BatchNorm normalises over the samples") for note in notes)
-    assert not any("BatchNorm" in note for note in compiled((model.eval(), batch, loss), 2, 2, "1f1b").plan.notes)
+class InnerCheckpointContext(Net):
+    """A context_fn that stays, because its module can be called as a whole."""
+
+    count = 0
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def contexts(self) -> tuple[Any, Any]:
+            InnerCheckpointContext.count += 1
+            return contextlib.nullcontext(), contextlib.nullcontext()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.linear, x, use_reentrant=False, context_fn=self.contexts)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(6))
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        return self.blocks[index](x)
+
+
+def test_a_context_function_of_a_checkpoint_is_kept() -> None:
+    case_ = case(InnerCheckpointContext)
+    pipe = compiled(case_, 3, 3, "1f1b")
+    before = InnerCheckpointContext.count
+    pipe.step(case_[1])
+    assert InnerCheckpointContext.count - before == 6 * 4
+    row = run("context", case_, 3, 3, "1f1b")
+    assert row.ok, row

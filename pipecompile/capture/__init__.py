@@ -32,7 +32,7 @@ from pipecompile.capture.tracepoints import Recorder
 from pipecompile.errors import CaptureError, PipecompileError
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
 
-__all__ = ["Loss", "Step", "capture", "default_loss", "untouched"]
+__all__ = ["Loss", "Step", "batch_norm_note", "capture", "default_loss", "untouched"]
 
 MODEL = "model."
 
@@ -45,10 +45,10 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     Raises CaptureError: the model fails by itself, gives no scalar loss, or cannot be traced (the message names the
     module, the user's line and the remedy). Turns ``use_cache`` off in the model's configuration; the graph's notes say so.
     """
-    notes = _disable_cache(model) + _coupled(model)
     step = Step(model, loss)
-    seen = _observe(step, model, _copy(batch))
     hidden = _matching(model, opaque) | _recurrent(model)
+    notes = _disable_cache(model) + _coupled(model, hidden)
+    seen = _observe(step, model, _copy(batch))
     try:
         return _trace(step, model, batch, seen, hidden, notes, repeats=True)
     except NeedsFullTrace:
@@ -100,16 +100,20 @@ def _disable_cache(model: nn.Module) -> list[str]:
     return ["use_cache was turned off in the model's configuration: training keeps no key-value cache"] if found else []
 
 
-def _coupled(model: nn.Module) -> list[str]:
-    """A warning if layers that are training normalise over the samples."""
+def _coupled(model: nn.Module, opaque: frozenset[str]) -> list[str]:
+    """A warning if layers that are training normalise over the samples where no trace sees them."""
     kinds = nn.modules.batchnorm._BatchNorm
     found = [name for name, part in model.named_modules() if isinstance(part, kinds) and part.training]
-    if not found:
-        return []
-    return [
-        f"{found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: BatchNorm normalises over the samples of a "
+    hidden = [name for name in found if any(name == fqn or name.startswith(f"{fqn}.") for fqn in opaque)]
+    return [batch_norm_note(hidden)] if hidden else []
+
+
+def batch_norm_note(names: list[str]) -> str:
+    """What to know about the BatchNorm layers ``names``."""
+    return (
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: BatchNorm normalises over the samples of a "
         "microbatch, not of the batch, so the loss depends on the number of microbatches; GroupNorm or eval() does not"
-    ]
+    )
 
 
 def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:

@@ -81,8 +81,17 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
         for function in _new_functions(result, seen):
             reasons.setdefault(call.key, f"it uses the custom autograd function {function}")
 
+    fqns = {module: fqn for fqn, module in model.named_modules()}
+
+    def note_checkpoint(owner: nn.Module | None, reason: str) -> None:
+        if owner is None:
+            note(reason)
+        elif owner in fqns:
+            reasons.setdefault(f"{fqns[owner]}@{recorder.counts[fqns[owner]]}", reason)
+
     recorder.on_exit = look
-    with untouched(model), _watch_tensor_hooks(note), straight_through(recorder), recorder.around(model):
+    checkpoints = straight_through(recorder, note_checkpoint)
+    with untouched(model), _watch_tensor_hooks(note), checkpoints, recorder.around(model):
         before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
         with questions.answered(recorder, tracing=False):
             step(batch)

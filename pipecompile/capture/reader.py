@@ -59,6 +59,7 @@ class Reader:
     names: set[str] = field(default_factory=set)
     marked: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
     regions: list[tuple[int, int, int]] = field(default_factory=list)
+    around: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, graph_module: fx.GraphModule, arguments: list[Any], context: tuple[str, ...] = ()) -> list[Any]:
         """Append the graph's operations; ``arguments`` stand for its placeholders. Returns what stands for its outputs."""
@@ -105,7 +106,7 @@ class Reader:
         """A call that was passed over: an opaque module stays one operation, a repeated block gets its template's."""
         index = args[1]
         if self.recorder.calls[index].template >= 0:
-            return repeat(self, index, args[0])
+            return repeat(self, index, args[0], self._around(context, call=False))
         self.whole[index] = "it is opaque"
         return self._append(node, [args[0]], {}, context)
 
@@ -262,7 +263,8 @@ class Reader:
             for index, begun, outer in self.regions:
                 own = (index - REGION) % 2 == 1
                 if begun == depth and not (call and own and len(self.stack) == outer):
-                    found.append(f"{TAG}{(index - REGION) // 2}")
+                    number = (index - REGION) // 2
+                    found.append(f"{TAG}{number}{self.recorder.regions[number]}")
             found += context[depth : depth + 1]
         return tuple(found)
 
@@ -277,6 +279,7 @@ class Reader:
         seen = self.recorder.calls[index]
         self.marked[index, entering] = marked
         if entering:
+            self.around[index] = self._around(context, call=False)
             self.calls[index] = self._begin(seen, marked, self._around(context, call=True))
             self.stack.append(index)
             return

@@ -6,20 +6,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipecompile.capture.blocks import NeedsFullTrace
+from pipecompile.capture.checkpoints import TAG
 from pipecompile.ir import Attribute, Call, Node, Ref, Value
 
 if TYPE_CHECKING:
     from pipecompile.capture.reader import Reader
 
 
-def repeat(reader: Reader, index: int, given: list[Any]) -> list[Any]:
-    """Append the operations of call ``index``'s template for the tensors ``given``; returns what stands for its results."""
+def repeat(reader: Reader, index: int, given: list[Any], around: tuple[str, ...]) -> list[Any]:
+    """Append the operations of call ``index``'s template for the tensors ``given``; returns what stands for its results.
+
+    ``around`` are the regions that the call is in.
+    """
     call = reader.recorder.calls[index]
     template = reader.calls[call.template]
     names: dict[str, Any] = {}
     for old, new in zip(reader.marked[call.template, True], given):
         names[old.name if isinstance(old, Ref) else old.fqn] = new
-    move = _Move(names, template.fqn, call.fqn, reader)
+    move = _Move(names, template.fqn, call.fqn, reader, len(reader.around[call.template]), around)
     offset = len(reader.nodes) - template.first
     for node in reader.nodes[template.first : template.last]:
         reader.nodes.append(move.node(node))
@@ -47,8 +51,26 @@ def check_templates(reader: Reader) -> None:
 class _Move:
     """Rewrites a template's nodes and calls for another block."""
 
-    def __init__(self, names: dict[str, Any], old: str, new: str, reader: Reader) -> None:
+    def __init__(
+        self, names: dict[str, Any], old: str, new: str, reader: Reader, outside: int, around: tuple[str, ...]
+    ) -> None:
         self.names, self.old, self.new, self.reader = names, old, new, reader
+        self.outside, self.around = outside, around
+        self.checkpoints: dict[str, str] = {}
+
+    def context(self, context: tuple[str, ...]) -> tuple[str, ...]:
+        """The regions around the template give way to those around its repetition, checkpoints inside get new numbers."""
+        return (*self.around, *map(self._region, context[self.outside :]))
+
+    def _region(self, tag: str) -> str:
+        if not tag.startswith(TAG):
+            return tag
+        if tag not in self.checkpoints:
+            _, comma, options = tag.partition(",")
+            regions = self.reader.recorder.regions
+            self.checkpoints[tag] = f"{TAG}{len(regions)}{comma}{options}"
+            regions.append(comma + options)
+        return self.checkpoints[tag]
 
     def leaf(self, whole: Any) -> Any:
         if isinstance(whole, Ref):
@@ -76,7 +98,7 @@ class _Move:
 
     def node(self, node: Node) -> Node:
         args, kwargs = self.leaf(node.args), self.leaf(dict(node.kwargs))
-        carries = self.reader.carries_gradient(node.target, args, kwargs, node.context)
+        carries = self.reader.carries_gradient(node.target, args, kwargs, self.context(node.context))
         outputs = tuple(self._value(value, carries) for value in node.outputs)
         return replace(
             node,
@@ -89,6 +111,7 @@ class _Move:
             buffers=tuple(map(self.fqn, node.buffers)),
             writes=self._names(node.writes),
             written_buffers=tuple(map(self.fqn, node.written_buffers)),
+            context=self.context(node.context),
             module=self.fqn(node.module),
             position=len(self.reader.nodes),
         )
@@ -129,5 +152,6 @@ class _Move:
             args=self.leaf(call.args),
             kwargs=self.leaf(dict(call.kwargs)),
             passed=self._names(call.passed),
+            context=self.context(call.context),
             results=tuple((path, leaf.name) for path, leaf in results if isinstance(leaf, Ref)),
         )

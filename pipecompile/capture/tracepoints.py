@@ -66,13 +66,16 @@ class Recorder:
     stack: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     on_exit: Callable[[Tracepoint, Any], None] | None = None
-    regions: int = 0
+    regions: list[str] = field(default_factory=list)
 
     @contextmanager
-    def region(self, owner: nn.Module | None, given: Any) -> Iterator[None]:
-        """Markers around a checkpointed region; events are (REGION + 2 * its number (+ 1 if a module's own), entering)."""
-        number = self.regions
-        self.regions += 1
+    def region(self, owner: nn.Module | None, given: Any, options: str = "") -> Iterator[None]:
+        """Markers around a checkpointed region; events are (REGION + 2 * its number (+ 1 if a module's own), entering).
+
+        ``regions`` are the options of each, as source.
+        """
+        number = len(self.regions)
+        self.regions.append(options)
         place = REGION + 2 * number + (owner is not None)
         for entering in (True, False):
             if self.mark:

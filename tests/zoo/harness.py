@@ -36,7 +36,8 @@ SHAPES = ((2, 2, "1f1b"), (4, 4, "1f1b"), (4, 2, "interleaved-1f1b"))
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one family gave: its worst relative error over loss, gradients and buffers, and the tensor that has it."""
+    """What one family gave: its worst relative error over loss, gradients and buffers, the tensor that has it, and whether
+    the plan says that its loss couples samples."""
 
     family: str
     stages: int
@@ -46,9 +47,11 @@ class Row:
     error: float
     worst: str
     ok: bool
+    coupled: bool
 
     def __str__(self) -> str:
         what = "exact" if self.ok else f"WRONG: {self.worst}"
+        what += ", couples samples" if self.coupled else ""
         return (
             f"{self.family:22} {self.stages:2}  {self.schedule:16} {self.opened:4} {self.bytes:10,}  "
             f"{self.error:8.1e}  {what}"
@@ -100,9 +103,8 @@ def run(name: str, case: Case, stages: int, ranks: int, schedule: str) -> Row:
     ]
     bad = worst(found)
     plan = pipe.plan
-    return Row(
-        name, stages, schedule, len(plan.opened), plan.bytes, bad.error, bad.name.strip(), all(d.ok for d in found)
-    )
+    ok, coupled = all(d.ok for d in found), any("the loss couples samples" in note for note in plan.notes)
+    return Row(name, stages, schedule, len(plan.opened), plan.bytes, bad.error, bad.name.strip(), ok, coupled)
 
 
 def rows(chosen: dict[str, Any]) -> Iterator[Row]:

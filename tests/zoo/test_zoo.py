@@ -31,3 +31,6 @@ FAST = {
 def test_a_family_is_exact(name: str) -> None:
     row = run(name, families()[name](), *SHAPES[FAST[name]])
     assert row.ok, row
+    assert row.coupled == (name == "mixtral"), (
+        "the router's loss multiplies means over all tokens, no other loss here does"
+    )
