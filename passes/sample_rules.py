@@ -146,10 +146,12 @@ def _of_totals(name: str, tensors: list[Operand]) -> State:
 
 
 def _broadcasts(tensors: list[Operand], shape: tuple[int, ...]) -> bool:
-    try:
-        return tuple(torch.broadcast_shapes(*(one.shape for one in tensors))) == shape
-    except RuntimeError:
-        return False
+    """Whether ``shape`` is what the tensors' shapes broadcast to."""
+    rank = max(len(one.shape) for one in tensors)
+    aligned = [(1,) * (rank - len(one.shape)) + one.shape for one in tensors]
+    return tuple(map(max, zip(*aligned))) == shape and all(
+        size in (1, whole) for one in aligned for size, whole in zip(one, shape)
+    )
 
 
 def _first(given: Given) -> Operand:
