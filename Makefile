@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden wheel-test zoo
+.PHONY: demo test check setup golden wheel-test zoo faults
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -23,6 +23,10 @@ check:
 
 zoo: setup
 	$(BIN)/python -m tests.zoo.harness
+
+# A process raises, is killed, is stopped or hangs at 20 random instructions each: all must be told of that place.
+faults: setup
+	$(BIN)/python -m tests.runtime.faults
 
 # The wheel alone, in an environment of its own: what `pip install pipecompile` gives.
 wheel-test: setup

@@ -45,5 +45,13 @@ class RuntimeFault(PipecompileError):
     """A program failed while it ran; the message names rank, instruction, microbatch and peer."""
 
 
+class PeerFault(RuntimeFault):
+    """A rank lost the connection to another, or waited too long for it (``late``)."""
+
+    def __init__(self, message: str, late: bool = False) -> None:
+        super().__init__(message)
+        self.late = late
+
+
 class VerificationError(PipecompileError):
     """The pipeline's loss, a gradient or a buffer differs from the unsplit model's."""

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Instruction
+from pipecompile.runtime.places import at
 from pipecompile.runtime.split_backward import input_half, weight_half
 from pipecompile.runtime.transport import Transport
 from pipecompile.runtime.wiring import Backward, Forward, Reduce, Result, Row, Transmit
@@ -206,14 +207,12 @@ class Executor:
 
 def fault(step: Step, error: Exception) -> RuntimeFault:
     """The error of an instruction, with its rank, place, microbatch and peer."""
-    one = step.instruction
-    where = f"rank {step.rank}, instruction {step.position} ({one})"
-    if one.microbatch >= 0:
-        where += f", microbatch {one.microbatch}"
-    if one.peer >= 0:
-        where += f", peer stage {one.peer}"
-    what = str(error) if isinstance(error, RuntimeFault) else f"{type(error).__name__}: {error}"
-    return RuntimeFault(f"{where}: {what}")
+    return RuntimeFault(f"rank {step.rank}, {at(step.position, step.instruction)}: {told(error)}")
+
+
+def told(error: Exception) -> str:
+    """What an error says; errors of others are named by their class too."""
+    return str(error) if isinstance(error, RuntimeFault) else f"{type(error).__name__}: {error}"
 
 
 def check(op: Forward, result: Result, output: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from pipecompile.errors import RuntimeFault
 
-STORE_SECONDS = 10.0
+STORE_SECONDS = 3.0
 """How long a failing rank tries to reach the store, which may be gone with the process that held it."""
 
 
@@ -23,32 +24,31 @@ class FirstFault:
 
     def __init__(self, store: Any, key: str) -> None:
         self._store = store
-        self._key = key
+        self.key = key
 
     def record(self, message: str) -> str:
         """The first rank's message: ``message`` if no rank has failed before, or if the store is gone."""
-        answer: list[str] = []
-
-        def ask() -> None:
-            first = self._store.compare_set(self._key, "", message)
-            answer.append(first.decode(errors="replace"))
-
-        _within(STORE_SECONDS, ask)
-        return answer[0] if answer else message
+        first = within(STORE_SECONDS, lambda: self._store.compare_set(self.key, "", message))
+        return message if first is None else str(first.decode(errors="replace"))
 
 
-def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Do ``work``, but give up on it after ``seconds`` or if it raises."""
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What ``work`` gives; None if it takes longer than ``seconds``, or raises what a store raises."""
+    answer: list[Any] = []
 
     def guarded() -> None:
-        try:
-            work()
-        except (RuntimeError, OSError):
-            return
+        with suppress(RuntimeError, OSError):
+            answer.append(work())
 
     thread = threading.Thread(target=guarded, daemon=True)
     thread.start()
     thread.join(seconds)
+    return answer[0] if answer else None
+
+
+def kept_by_torchrun() -> bool:
+    """Whether torchrun's agent keeps the store, which then outlives every rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def check_in(store: Any, rank: int, ranks: int, what: str, timeout_s: float) -> None:
@@ -78,17 +78,16 @@ def check_in(store: Any, rank: int, ranks: int, what: str, timeout_s: float) -> 
 
 def connect(backend: str = "gloo", timeout_s: float = 300.0) -> None:
     """Join the process group that torchrun's environment describes; RuntimeFault names ranks that are missing."""
-    within = timedelta(seconds=timeout_s)
+    limit = timedelta(seconds=timeout_s)
     try:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except KeyError as error:
         raise RuntimeFault(f"the environment has no {error}; start the program with torchrun, which sets it") from error
-    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         home = TCPStore(
-            host, port, None, rank == 0 and not kept_by_torchrun, within, wait_for_workers=False, multi_tenant=True
+            host, port, None, rank == 0 and not kept_by_torchrun(), limit, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
         raise RuntimeFault(
@@ -97,4 +96,4 @@ def connect(backend: str = "gloo", timeout_s: float = 300.0) -> None:
         ) from error
     store = PrefixStore(f"pipecompile/attempt {attempt}", home)
     check_in(store, rank, ranks, "start", timeout_s)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=within)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipecompile.errors import RuntimeFault
+from pipecompile.errors import PeerFault
 from pipecompile.ir import Spec
 from pipecompile.runtime.transport import Value
 
@@ -175,7 +175,7 @@ def wait_for_all(works: list[Any], timeout: timedelta, peer: int) -> None:
 
 
 def wait_for(work: Any, timeout: timedelta, whom: str) -> None:
-    """Wait for a piece of communication; RuntimeFault says whether ``whom`` is late or gone."""
+    """Wait for a piece of communication; PeerFault says whether ``whom`` is late or gone."""
     started = time.monotonic()
     try:
         work.wait(timeout)
@@ -186,13 +186,13 @@ def wait_for(work: Any, timeout: timedelta, whom: str) -> None:
         raise broken(whom) from error
 
 
-def late(whom: str, timeout: timedelta) -> RuntimeFault:
-    limit = timeout.total_seconds()
-    return RuntimeFault(f"waited {limit:g} s for {whom}, which is stuck, gone or slow; allow more time with timeout_s=")
+def late(whom: str, timeout: timedelta) -> PeerFault:
+    what = f"waited {timeout.total_seconds():g} s for {whom}, which is stuck, gone or slow; allow more time with timeout_s="
+    return PeerFault(what, late=True)
 
 
-def broken(whom: str) -> RuntimeFault:
-    return RuntimeFault(f"the connection to {whom} broke, its process has ended or failed; look at what it printed")
+def broken(whom: str) -> PeerFault:
+    return PeerFault(f"the connection to {whom} broke, its process has ended or failed; look at what it printed")
 
 
 def as_it_lies(value: Tensor, spec: Spec) -> Tensor:

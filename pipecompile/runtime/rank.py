@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Program, Spec, StagePlan
 from pipecompile.runtime.channels import Channels, Meeting
-from pipecompile.runtime.executor import Executor, Ran, Step, fault, timed
-from pipecompile.runtime.faults import FirstFault, check_in
+from pipecompile.runtime.executor import Executor, Ran, timed, told
+from pipecompile.runtime.faults import check_in
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.links import wait_for
+from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, STEP, SUMMING
 from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.sentry import Sentry
+from pipecompile.runtime.sigterm import outlive_sigterm
 from pipecompile.runtime.wiring import Reduce, wire
 
 _made = itertools.count()
@@ -64,7 +67,8 @@ class RankRuntime:
         store = dist.distributed_c10d._get_default_store()
         name = f"pipecompile/runtime/{next(_made)}"
         check_in(store, rank, ranks, name, timeout_s)
-        self._faults = FirstFault(store, f"{name}/fault")
+        outlive_sigterm()
+        self._sentry = Sentry(store, name, program, rank, ranks, timeout_s)
         self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
         meeting = Meeting(store, name, self._timeout, shared_memory)
         self._channels = Channels(program, rank, found, self._device, meeting, self._totals)
@@ -88,25 +92,32 @@ class RankRuntime:
         self._check_alive()
         self._executor.begin(split(batch, self._microbatches))
         self._apart.begin()
-        step = None
+        words = self._sentry.words
+        words[STEP] += 1
+        words[PLACE] = BEGINNING
         try:
             self._channels.begin()
             steps = self._executor.steps
             for step in steps if ran is None else [timed(step, ran) for step in steps]:
+                words[PLACE] = step.position
                 step.handler(step.operand)
-            step = None
-            return self._finish()
+            words[PLACE] = len(steps)
+            value = self._finish()
         except Exception as error:
-            raise self._fail(step, error) from error
+            raise self._fail(error) from error
+        words[PLACE] = OUTSIDE
+        return value
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of what all ranks give, in place; every rank must call it at the same point."""
         self._check_alive()
+        self._sentry.words[PLACE] = SUMMING
         try:
             work = dist.all_reduce(tensor, group=self._everyone, async_op=True)
             wait_for(work, self._timeout, "the other ranks, which must call this too")
         except Exception as error:
-            raise self._fail(None, error) from error
+            raise self._fail(error) from error
+        self._sentry.words[PLACE] = OUTSIDE
         return tensor
 
     def _check_alive(self) -> None:
@@ -146,11 +157,10 @@ class RankRuntime:
                 work = dist.all_reduce(gradient, group=self._reducing[op.ranks], async_op=True)
                 self._sums.append((work, copies, gradient))
 
-    def _fail(self, step: Step | None, error: Exception) -> RuntimeFault:
-        """Make this failure known, or hear of the one before it, and let go of everyone who waits for this rank."""
-        rank = dist.get_rank()
-        mine = str(fault(step, error) if step is not None else f"rank {rank}, after the last instruction: {error}")
-        self._failed = self._faults.record(mine)
+    def _fail(self, error: Exception) -> RuntimeFault:
+        """Make the first cause known, or hear of it, and let go of everyone who waits for this rank."""
+        mine = f"{self._sentry.place()}: {told(error)}"
+        self._failed = self._sentry.first(mine, error)
         self._sums = []
         self._apart.abandon()
         self._channels.close()
@@ -159,7 +169,8 @@ class RankRuntime:
         self._reducing, self._everyone = {}, None
         failure = RuntimeFault(self._failed)
         if self._failed != mine:
-            failure.add_note(f"that ended rank {rank} too: {mine}")
+            failure.add_note(f"that ended {self._sentry.who} too: {mine}")
+        self._sentry.words[PLACE] = OUTSIDE
         return failure
 
 

@@ -10,23 +10,27 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.runtime.processes", "tests.runtime.handmade"])
 
 
-def run(work: Callable[..., Any], ranks: int, *arguments: Any, absent: tuple[int, ...] = ()) -> list[Any]:
+def run(
+    work: Callable[..., Any], ranks: int, *arguments: Any, absent: tuple[int, ...] = (), agent: bool = False
+) -> list[Any]:
     """What ``work(rank, *arguments)`` gives on each rank; the text of its exception; None if its process died.
 
-    ``absent`` ranks are not started.
+    ``absent`` ranks are not started. ``agent``: the store is kept here, as torchrun's agent does, not by rank 0.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) if agent else None
+    port = store.port if store else free_port()
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = str(agent)
     started: dict[int, Any] = {}
     for rank in set(range(ranks)) - set(absent):
         here, there = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_rank, args=(work, rank, ranks, port, arguments, there), daemon=True)
+        process = CONTEXT.Process(target=_rank, args=(work, rank, environment, arguments, there), daemon=True)
         process.start()
         there.close()
         started[rank] = (process, here)
@@ -41,11 +45,17 @@ def run(work: Callable[..., Any], ranks: int, *arguments: Any, absent: tuple[int
     return results
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def _rank(
-    work: Callable[..., Any], rank: int, ranks: int, port: int, arguments: tuple[Any, ...], answer: Connection
+    work: Callable[..., Any], rank: int, environment: dict[str, str], arguments: tuple[Any, ...], answer: Connection
 ) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= environment | {"RANK": str(rank)}
     try:
         result = work(rank, *arguments)
     except Exception as error:

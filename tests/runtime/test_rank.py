@@ -140,23 +140,20 @@ def test_a_rank_that_is_killed_ends_all_ranks(shared_memory: bool) -> None:
     assert answers.pop(1) is None
     for answer in answers:
         first, *_, took = answer.split(" | ")
-        assert "the connection to rank 1 broke, its process has ended or failed; look at what it printed" in first
-        assert "instruction" in first
-        assert "peer stage 1" in first
+        assert re.match(r"rank 1, instruction \d+ \(1F1\), microbatch 1: its process has ended: killed, out of", first)
         assert float(took) < 15
 
 
-def test_a_rank_that_hangs_ends_all_ranks_within_the_timeout() -> None:
-    answers = run(fail, 4, "hang", 1, 6.0)
-    woken = answers.pop(1)  # it wakes when the others have ended, and hears why if the store is still there
-    assert re.search(r"the connection to rank [023] broke|waited 6 s for rank", woken), woken
-    for answer in answers:
-        first, *_ = answer.split(" | ")
-        assert re.search(
-            r"instruction \d+ \(.*\), microbatch \d, peer stage [123]: waited 6 s for rank [123], "
-            "which is stuck, gone or slow; allow more time with timeout_s=",
+def test_a_rank_that_hangs_ends_all_ranks_and_hears_of_it_when_it_wakes() -> None:
+    for answer in run(fail, 4, "hang", 1, 3.0, agent=True):
+        first, *_, took = answer.split(" | ")
+        assert re.match(
+            r"rank 1, instruction \d+ \(1F1\), microbatch 1: it lives, but has not come further for 3 s: stuck or slow; "
+            r"allow more time with timeout_s= \(noticed by rank [023], instruction \d+ \([023]RECV_[FB]\d<\d\), "
+            r"microbatch \d, peer stage \d\)",
             first,
         ), first
+        assert float(took) < 3 + 10
 
 
 def start(rank: int, ranks: int) -> str:
