@@ -5,6 +5,9 @@
 Each stage takes a microbatch forward, then backward in three ways in turn: whole, in our two halves, in the two halves of
 ``torch.distributed.pipelining``. The clock is the thread's own, so that other processes do not count; the figures are
 medians, those of the ratios medians of paired ratios. Gradients are added to what is there, as after a first microbatch.
+
+The bar is 1.05 for stages of ordinary size and 1 of torch's ratio for all; stages under 2 ms, where every operation of
+Python shows, have no other. The exit code is 1 if a stage misses its bar.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from pipecompile.runtime.split_backward import input_half, weight_half
+from pipecompile.runtime.split_backward import Known, input_half, weight_half
 
 WARM_UP = 5
+BAR, SMALL = 1.05, ("linear, small", "transformer, small", "convolutions, small", "depthwise convolutions")
 
 
 def linear(width: int, layers: int) -> nn.Module:
@@ -38,6 +42,19 @@ def residual(channels: int) -> nn.Module:
         nn.ReLU(),
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels),
+    )
+
+
+def bottleneck(channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4 * channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, 4 * channels, 1, bias=False),
+        nn.BatchNorm2d(4 * channels),
     )
 
 
@@ -65,6 +82,8 @@ STAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transformer, wide": (lambda: transformer(256, 2), (4, 64, 256)),
     "convolutions, small": (lambda: residual(16), (2, 16, 16, 16)),
     "convolutions, wide": (lambda: residual(64), (4, 64, 28, 28)),
+    "convolutions, ResNet-18": (lambda: residual(128), (4, 128, 28, 28)),
+    "convolutions, ResNet-50": (lambda: bottleneck(128), (4, 512, 28, 28)),
     "depthwise convolutions": (lambda: depthwise(32), (4, 32, 14, 14)),
 }
 
@@ -83,10 +102,16 @@ def whole(stage: nn.Module, leaf: Tensor, made: Tensor, gradient: Tensor) -> Hal
     return (timed(lambda: torch.autograd.backward([edge], [gradient]))[0],)
 
 
-def ours(stage: nn.Module, leaf: Tensor, made: Tensor, gradient: Tensor) -> Halves:
-    edge = get_gradient_edge(made)
-    inputs, (_, rest) = timed(lambda: input_half([edge], [gradient], [leaf]))
-    return inputs, timed(lambda: weight_half(rest))[0]
+class Ours:
+    """Our halves, with what the runtime keeps for each stage."""
+
+    def __init__(self) -> None:
+        self.known = Known()
+
+    def __call__(self, stage: nn.Module, leaf: Tensor, made: Tensor, gradient: Tensor) -> Halves:
+        edge = get_gradient_edge(made)
+        inputs, (_, rest) = timed(lambda: input_half([edge], [gradient], [leaf], self.known))
+        return inputs, timed(lambda: weight_half(rest))[0]
 
 
 def torchs(stage: nn.Module, leaf: Tensor, made: Tensor, gradient: Tensor) -> Halves:
@@ -99,7 +124,7 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], rounds: int) 
     torch.manual_seed(0)
     stage, x = make(), torch.randn(shape)
     gradient = torch.randn_like(stage(x)) * 1e-3
-    ways = {"B": whole, "ours": ours, "torch": torchs}
+    ways = {"B": whole, "ours": Ours(), "torch": torchs}
     found: dict[str, list[Halves]] = {name: [] for name in ways}
     for _ in range(WARM_UP + rounds):
         for name, way in ways.items():
@@ -130,17 +155,23 @@ def main() -> int:
     if not cases:
         parser.error(f"no stage has {options.only!r} in its name; there are {', '.join(STAGES)}")
     rows = {name: measure(*case, options.rounds) for name, case in cases.items()}
-    worst = max(row["ratio"] / row["torch_ratio"] for row in rows.values())
+    missed = [
+        name
+        for name, row in rows.items()
+        if row["ratio"] > (row["torch_ratio"] if name in SMALL else min(BAR, row["torch_ratio"]))
+    ]
     if options.json:
-        print(json.dumps({"stages": rows, "worst": worst}))
-        return int(worst > 1)
-    print("stage                       B ms    I ms    W ms  (I+W)/B  torch's (I+W)/B")
+        print(json.dumps({"stages": rows, "bar": BAR, "missed": missed}))
+        return int(bool(missed))
+    print("stage                       B ms    I ms    W ms  (I+W)/B     bar  torch's (I+W)/B")
     for name, row in rows.items():
+        bar = "torch's" if name in SMALL else f"{BAR:.2f}"
         print(
-            f"{name:24}{row['b_ms']:8.3f}{row['i_ms']:8.3f}{row['w_ms']:8.3f}{row['ratio']:9.3f}{row['torch_ratio']:18.3f}"
+            f"{name:24}{row['b_ms']:8.3f}{row['i_ms']:8.3f}{row['w_ms']:8.3f}{row['ratio']:9.3f}{bar:>8}"
+            f"{row['torch_ratio']:17.3f}"
         )
-    print(f"ours over torch's, worst stage: {worst:.3f}, allowed 1")
-    return int(worst > 1)
+    print(f"above the bar: {', '.join(missed) or 'none'}")
+    return int(bool(missed))
 
 
 if __name__ == "__main__":

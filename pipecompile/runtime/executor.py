@@ -12,6 +12,7 @@ Backward: autograd starts at those edges, and what arrives at the leaves goes ba
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Instruction
 from pipecompile.runtime.places import at
-from pipecompile.runtime.split_backward import input_half, weight_half
+from pipecompile.runtime.split_backward import Known, input_half, weight_half
 from pipecompile.runtime.transport import Transport
 from pipecompile.runtime.wiring import Backward, Forward, Reduce, Result, Row, Transmit
 
@@ -85,6 +86,7 @@ class Executor:
         self.losses: Tensor | None = None
         self.weights: Tensor | None = None
         self.before_forward: Callable[[int], None] | None = None
+        self._graphs: defaultdict[int, Known] = defaultdict(Known)
         self._trains = any(one.op.startswith("BACKWARD") for one in row.instructions)
         self._transport = transport
         self._divisor = microbatches if mean else 1
@@ -164,7 +166,7 @@ class Executor:
         leaves, edges, loss_edge = self._take(op.kept)
         roots, gradients = self._roots(edges, loss_edge)
         del edges, loss_edge  # nothing but the roots keeps the graph, so that it goes as soon as they do
-        received, self._slots[op.kept] = input_half(roots, gradients, leaves)
+        received, self._slots[op.kept] = input_half(roots, gradients, leaves, self._graphs[op.index])
         self._hand_back(op, leaves, received)
 
     def _backward_weight(self, op: Backward) -> None:

@@ -9,32 +9,39 @@ Every other parameter's gradient (norms, scalings) comes out of the first half, 
             │                  │                             everything saved is freed, but the inputs of both Addmm
           T(W1)              T(W2)              second half: input × g ─▶ W1.grad, W2.grad
 
-One pass over the graph's nodes for each microbatch, no second pass of autograd over the stage.
+One pass of autograd over the stage, not two. Where the gradient of a matrix product can be summed into what the parameter
+already has by the product itself, it is: no intermediate tensor, and at most the rounding of the last bit differs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pipecompile.runtime.weight_formulas import FORMULAS, Gradients
+from pipecompile.runtime.backward_graph import Node, Structure, read
+from pipecompile.runtime.weight_formulas import Gradients, Product
 
-REENTRANT = "CheckpointFunctionBackward"
-Target = tuple[Any, bool]
-"""The accumulator of a parameter, and whether the operation used the parameter transposed."""
-Deferred = tuple[Any, tuple[Target, ...], Gradients]
-"""An operation's node, where its parameters are, and how their gradients come from the one that arrives at it."""
-Rest = list[tuple[tuple[Target, ...], Gradients, Tensor]]
-"""What the second half has to do: for each operation also the gradient that arrived."""
+Rest = list[tuple[tuple[tuple[Node, bool], ...], Gradients, Tensor]]
+"""What the second half has to do: for each operation the accumulators of its parameters and whether these were used
+transposed, the formula, the gradient that arrived."""
+
+
+class Known:
+    """The structure of a stage's last graph, so that the next one is only compared with it."""
+
+    __slots__ = ("structure",)
+
+    def __init__(self) -> None:
+        self.structure: Structure | None = None
 
 
 def input_half(
-    roots: Sequence[GradientEdge], gradients: Sequence[Tensor], leaves: Sequence[Tensor]
+    roots: Sequence[GradientEdge], gradients: Sequence[Tensor], leaves: Sequence[Tensor], known: Known | None = None
 ) -> tuple[list[Tensor | None], Rest]:
     """The gradients of ``leaves``, and what remains to be done for the parameters.
 
@@ -44,25 +51,49 @@ def input_half(
     if not roots:
         return [None] * len(leaves), []
     inputs = [get_gradient_edge(leaf) for leaf in leaves]
-    deferred, others = _plan(roots, {edge.node for edge in inputs})
-    accumulators = [*others, *(target for _, targets, _ in deferred for target, _ in targets)]
-    if any(map(_needs_whole, accumulators)):
+    structure, nodes, rest = _prepare(roots, inputs, known or Known())
+    others = [nodes[number] for number in structure.others]
+    if structure.whole or _hooked(others) or any(_hooked(target for target, _ in targets) for _, targets, _ in rest):
         torch.autograd.backward(roots, gradients)
         return [leaf.grad for leaf in leaves], []
-    wanted = [*inputs, *(GradientEdge(node, 0) for node in others), *(GradientEdge(node, 0) for node, _, _ in deferred)]
+    wanted = [*inputs, *(GradientEdge(node, 0) for node in others), *(GradientEdge(node, 0) for node, _, _ in rest)]
     found = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
     first, last = len(inputs), len(inputs) + len(others)
     for node, gradient in zip(others, found[first:last]):
         if gradient is not None:
             _add(node.variable, gradient, owned=False)
-    rest = [(targets, formula, g) for (_, targets, formula), g in zip(deferred, found[last:]) if g is not None]
-    return list(found[:first]), rest
+    arrived = zip(rest, found[last:])
+    return list(found[:first]), [(targets, formula, g) for (_, targets, formula), g in arrived if g is not None]
 
 
-def _needs_whole(node: Any) -> bool:
-    if type(node).__name__ == REENTRANT:
-        return True
-    return bool(node.variable._backward_hooks or node.variable._post_accumulate_grad_hooks)
+def _prepare(
+    roots: Sequence[GradientEdge], inputs: Sequence[GradientEdge], known: Known
+) -> tuple[Structure, list[Node], list[Any]]:
+    """The graph's structure and nodes, and each operation that waits: its node, its parameters, its formula."""
+    structure = known.structure
+    nodes = None if structure is None else structure.recognise(roots, inputs)
+    while True:
+        if structure is None or nodes is None:
+            structure, nodes = read(roots, inputs)
+            known.structure = structure
+        rest = []
+        for one in structure.deferred:
+            node = nodes[one.number]
+            formula = one.make(node, len(one.targets) > 1)
+            if formula is None:
+                break
+            rest.append((node, tuple((nodes[t.number], t.transposed) for t in one.targets), formula))
+        else:
+            return structure, nodes, rest
+        structure = None
+
+
+def _hooked(accumulators: Any) -> bool:
+    for node in accumulators:
+        parameter = node.variable
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return True
+    return False
 
 
 def weight_half(rest: Rest) -> None:
@@ -75,6 +106,10 @@ def weight_half(rest: Rest) -> None:
             targets, formula, arrived = rest.pop()
             for (target, transposed), gradient in zip(targets, formula(arrived)):
                 parameter = target.variable
+                if isinstance(gradient, Product):
+                    if uses[target] == 1 and gradient.add_to(parameter, transposed):
+                        continue
+                    gradient = gradient.compute()
                 value = (gradient.t() if transposed else gradient).to(parameter.device, parameter.dtype)
                 if uses[target] == 1:
                     _add(parameter, value, owned=value.shape != arrived.shape)
@@ -92,48 +127,3 @@ def _add(parameter: Tensor, gradient: Tensor, owned: bool) -> None:
         parameter.grad = gradient
     else:
         parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
-
-
-def _plan(roots: Iterable[GradientEdge], inputs: set[Any]) -> tuple[list[Deferred], list[Any]]:
-    """The operations to defer, and the accumulators of all other parameters.
-
-    A parameter that is also reached otherwise cannot wait (autograd would enter its branch in the first half), and
-    then neither can an operation that uses it.
-    """
-    deferred: list[Deferred] = []
-    others: set[Any] = set()
-    seen: set[Any] = set(inputs)
-    stack: list[Any] = [edge.node for edge in roots]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        kind = type(node).__name__
-        if kind in ("AccumulateGrad", REENTRANT):
-            others.add(node)
-        if kind == "AccumulateGrad":
-            continue
-        following = node.next_functions
-        if kind in FORMULAS:
-            places, make = FORMULAS[kind]
-            targets = [_target(following[place][0], inputs) for place in places]
-            formula = make(node, len(targets) > 1 and targets[1] is not None) if targets[0] is not None else None
-            if formula is not None:
-                deferred.append((node, tuple(target for target in targets if target is not None), formula))
-                waiting = [place for place, target in zip(places, targets) if target is not None]
-                following = [branch for place, branch in enumerate(following) if place not in waiting]
-        stack.extend(child for child, _ in following if child is not None)
-    while rejected := [one for one in deferred if any(target in others for target, _ in one[1])]:
-        others.update(target for one in rejected for target, _ in one[1])
-        deferred = [one for one in deferred if one not in rejected]
-    return deferred, list(others)
-
-
-def _target(branch: Any, inputs: set[Any]) -> Target | None:
-    """The parameter that a branch holds, as it is, converted or transposed; None if it holds anything else."""
-    transposed = type(branch).__name__ == "TBackward0"
-    node = branch.next_functions[0][0] if transposed else branch
-    if type(node).__name__ == "ToCopyBackward0":  # autocast
-        node = node.next_functions[0][0]
-    return (node, transposed) if type(node).__name__ == "AccumulateGrad" and node not in inputs else None

@@ -1,18 +1,47 @@
 """How the gradients of an operation's parameters come from the gradient that arrives at it.
 
 Each formula reads what autograd saved for the operation's node, now, and gives a function to call later. It computes
-what autograd would, with the same kernels in the same layout, so that results are equal to the last bit.
+what autograd would, with the same kernels in the same layout, so that results are equal to the last bit; only a product
+that is added to a gradient as it is computed may round once more for each block of its rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Gradients = Callable[[Tensor], tuple[Tensor, ...]]
+ADDED = (torch.float32, torch.float64)
+"""Dtypes in which a sum inside the product is as good as one after it: narrower ones are rounded before they are added."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The gradient of a matrix, left @ right, transposed if ``turned``."""
+
+    left: Tensor
+    right: Tensor
+    turned: bool
+
+    def compute(self) -> Tensor:
+        found = self.left.mm(self.right)
+        return found.t() if self.turned else found
+
+    def add_to(self, parameter: Tensor, transposed: bool) -> bool:
+        """Add the product (transposed once more) to the parameter's gradient; False if that needs other steps."""
+        total = parameter.grad
+        if total is None or total.layout != torch.strided or total.dtype not in ADDED:
+            return False
+        if total.dtype != self.left.dtype or total.device != self.left.device:
+            return False
+        (total.t() if transposed != self.turned else total).addmm_(self.left, self.right)
+        return True
+
+
+Gradients = Callable[[Tensor], tuple[Tensor | Product, ...]]
 """From the gradient at an operation to those of its weight and, if it waits too, its bias."""
 Formula = Callable[[Any, bool], Gradients | None]
 """From a node, and whether its bias waits; None if it cannot wait."""
@@ -47,8 +76,8 @@ def _product(x: Tensor | None, sizes: Sequence[int], strides: Sequence[int]) -> 
     if x is None:
         return None
     if strides[0] == 1 and strides[1] == sizes[0]:
-        return lambda gradient: (gradient.t().mm(x.conj()).t(),)
-    return lambda gradient: (x.t().conj().mm(gradient),)
+        return lambda gradient: (Product(gradient.t(), x.conj(), turned=True),)
+    return lambda gradient: (Product(x.t().conj(), gradient, turned=False),)
 
 
 def _bmm(node: Any, bias: bool) -> Gradients | None:

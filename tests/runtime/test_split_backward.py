@@ -1,4 +1,7 @@
-"""The two halves of a backward give, to the last bit, what the whole gives; parameters wait, saved tensors do not."""
+"""The two halves of a backward give what the whole gives; parameters wait, saved tensors do not.
+
+They agree to the last bit, except that a product which is added to an earlier gradient may round otherwise.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge, save_on_cpu
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from pipecompile.runtime.split_backward import input_half, weight_half
+from pipecompile.runtime.split_backward import Known, input_half, weight_half
 
 
 class Function(nn.Module):
@@ -97,10 +100,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-def halves(module: nn.Module, x: Tensor, gradient: Tensor, watch: Callable[[], None] = lambda: None) -> Tensor:
+def halves(
+    module: nn.Module,
+    x: Tensor,
+    gradient: Tensor,
+    watch: Callable[[], None] = lambda: None,
+    known: Known | None = None,
+) -> Tensor:
     leaf = x.clone().requires_grad_()
     roots = [get_gradient_edge(module(leaf))]
-    (received,), rest = input_half(roots, [gradient], [leaf])
+    (received,), rest = input_half(roots, [gradient], [leaf], known)
     del roots
     watch()
     weight_half(rest)
@@ -114,18 +123,21 @@ def test_halves_equal_the_whole(case: str) -> None:
     torch.manual_seed(0)
     whole = make()
     split = copy.deepcopy(whole)
-    for _ in range(3):
+    known = Known()
+    for step in range(3):
         x = torch.randn(shape)
         leaf = x.clone().requires_grad_()
         y = whole(leaf)
         gradient = torch.randn_like(y)
         y.backward(gradient)
-        assert torch.equal(halves(split, x, gradient), leaf.grad)
+        assert torch.equal(halves(split, x, gradient, known=known), leaf.grad)
         for (name, expected), got in zip(whole.named_parameters(), split.parameters()):
             if expected.grad is None:
                 assert got.grad is None
             else:
-                assert torch.equal(got.grad, expected.grad), name
+                scale = expected.grad.abs().max().item()
+                limit = 1e-6 * scale if step and expected.dtype == torch.float32 else 0.0
+                torch.testing.assert_close(got.grad, expected.grad, rtol=0, atol=limit, msg=name)
                 assert got.grad.stride() == expected.grad.stride(), name
 
 
@@ -173,6 +185,40 @@ def test_hooks_see_each_gradient_once_and_whole() -> None:
     halves(module, torch.randn(2, 3), torch.ones(2, 3))
     assert sorted(seen) == ["norm", "weight"]
     assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_graph_that_changes_is_read_anew() -> None:
+    """Another branch, a parameter frozen, one thawed, one shared: each graph differs a little from the one before."""
+    module = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+    reference = copy.deepcopy(module)
+    forms: list[Callable[[Any, Tensor], Tensor]] = [
+        lambda m, x: m["b"](m["a"](x).relu()),
+        lambda m, x: m["b"](m["a"](x).relu()),
+        lambda m, x: m["b"](m["a"](x).tanh()),
+        lambda m, x: m["a"](m["a"](x).tanh()),
+        lambda m, x: m["b"](m["a"](x).tanh()) + m["c"](x),
+        lambda m, x: m["b"](m["a"].requires_grad_(False)(x).tanh()) + m["c"](x),
+        lambda m, x: m["b"](m["a"].requires_grad_(True)(x).tanh()) + m["c"](x),
+        lambda m, x: torch.cat([m["c"](x), x]).sum(0).expand(2, 4),
+        lambda m, x: torch.cat([m["c"](x), x, x]).sum(0).expand(2, 4),
+        lambda m, x: m["c"](x) * m["c"].weight.sum(),
+    ]
+    known = Known()
+    structures = []
+    for form in forms:
+        x, gradient = torch.randn(2, 4), torch.randn(2, 4)
+        leaf = x.clone().requires_grad_()
+        form(reference, leaf).backward(gradient)
+        received = halves(Function(lambda p, y, f=form: f(module, y)), x, gradient, known=known)
+        assert torch.equal(received, leaf.grad)
+        structures.append(known.structure)
+        for (name, expected), got in zip(reference.named_parameters(), module.parameters()):
+            if expected.grad is None:
+                assert got.grad is None, name
+            else:
+                torch.testing.assert_close(got.grad, expected.grad, rtol=1e-6, atol=1e-6, msg=name)
+    assert structures[0] is structures[1], "the same graph is recognised"
+    assert len(set(map(id, structures))) == len(forms) - 1
 
 
 class Token:
