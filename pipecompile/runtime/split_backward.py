@@ -9,8 +9,8 @@ Every other parameter's gradient (norms, scalings) comes out of the first half, 
             │                  │                             everything saved is freed, but the inputs of both Addmm
           T(W1)              T(W2)              second half: input × g ─▶ W1.grad, W2.grad
 
-One pass of autograd over the stage, not two. Where the gradient of a matrix product can be summed into what the parameter
-already has by the product itself, it is: no intermediate tensor, and at most the rounding of the last bit differs.
+One pass of autograd over the stage, not two. The gradient of a large matrix is summed into what the parameter already
+has by the product itself: no intermediate tensor, and the rounding may differ in the last bits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How the gradients of an operation's parameters come from the gradient that arrives at it.
 
 Each formula reads what autograd saved for the operation's node, now, and gives a function to call later. It computes
-what autograd would, with the same kernels in the same layout, so that results are equal to the last bit; only a product
-that is added to a gradient as it is computed may round once more for each block of its rows.
+what autograd would, with the same kernels in the same layout, so that results are equal to the last bit; only a large
+product that is added to a gradient as it is computed may round once more for each block of its rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGE = 1 << 16
+"""Elements from which on it pays to add a product to a gradient as it is computed, at the price of equal last bits."""
 ADDED = (torch.float32, torch.float64)
 """Dtypes in which a sum inside the product is as good as one after it: narrower ones are rounded before they are added."""
 
@@ -33,7 +35,7 @@ class Product:
     def add_to(self, parameter: Tensor, transposed: bool) -> bool:
         """Add the product (transposed once more) to the parameter's gradient; False if that needs other steps."""
         total = parameter.grad
-        if total is None or total.layout != torch.strided or total.dtype not in ADDED:
+        if total is None or total.numel() < LARGE or total.layout != torch.strided or total.dtype not in ADDED:
             return False
         if total.dtype != self.left.dtype or total.device != self.left.device:
             return False
