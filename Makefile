@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden wheel-test zoo faults
+.PHONY: demo test check setup golden wheel-test zoo faults processes
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -27,6 +27,10 @@ zoo: setup
 # A process raises, is killed, is stopped or hangs at 20 random instructions each: all must be told of that place.
 faults: setup
 	$(BIN)/python -m tests.runtime.faults
+
+# Every schedule on GPT-2, T5 and UNet2D in two real processes.
+processes: setup
+	PIPECOMPILE_ALL_PROCESSES=1 $(BIN)/python -m pytest tests/test_schedules_processes.py
 
 # The wheel alone, in an environment of its own: what `pip install pipecompile` gives.
 wheel-test: setup

@@ -29,6 +29,13 @@ class Outcome:
     def of(model: nn.Module, loss: Tensor) -> Outcome:
         return Outcome(loss.detach().clone(), gradients(model), buffers(model))
 
+    def only(self, names: set[str]) -> Outcome:
+        """Of what has one of these names."""
+        kept = [
+            {name: tensor for name, tensor in all.items() if name in names} for all in (self.gradients, self.buffers)
+        ]
+        return Outcome(self.loss, *kept)
+
 
 def parts(batch: Any, count: int) -> list[Any]:
     """A dict or tuple of tensors cut along dimension 0."""

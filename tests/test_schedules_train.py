@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from pathlib import Path
 
 import pytest
 
 import pipecompile
-from pipecompile.passes.schedules import find_schedule, schedule_names
-from tests.models import MODELS
-from tests.oracle import Outcome, accumulate, assert_same
+from tests.oracle import Outcome, assert_same
+from tests.scheduled import FLUSHING, MICROBATCHES, case, check, little_effort, per_rank, unsplit
 
-MICROBATCHES = 4
-TRAINING = [name for name in schedule_names() if find_schedule(name).flushes]
-LOOPED = ("interleaved-1f1b", "looped-bfs")
 OWN = """
 def mine(shape):
     rows = []
@@ -27,25 +21,14 @@ def mine(shape):
 
 
 @pytest.fixture(autouse=True)
-def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searching schedules search briefly: exact gradients do not depend on how good the order is."""
-    monkeypatch.setattr(sys.modules["pipecompile.passes.schedules.auto"], "EFFORT", 50_000)
-    monkeypatch.setattr(sys.modules["pipecompile.passes.schedules.blocks"], "TASKS_TRIED", 10_000)
-    monkeypatch.setattr(sys.modules["pipecompile.passes.schedules.blocks"], "DELAYS", range(1, 3))
-
-
-@functools.cache
-def unsplit(name: str) -> Outcome:
-    model, batch, loss = MODELS[name]()
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.use_cache = False  # compile does the same, and the plan says so
-    return accumulate(model, batch, loss, MICROBATCHES)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, value in little_effort().items():
+        monkeypatch.setattr(f"pipecompile.passes.schedules.{place}", value)
 
 
 def train(name: str, schedule: str, stages: int, ranks: int) -> pipecompile.Pipe:
-    """Compile, run one step, compare."""
-    model, batch, loss = MODELS[name]()
+    """Compile with the schedule, run one step, compare."""
+    model, batch, loss = case(name)
     pipe = pipecompile.compile(
         model,
         batch,
@@ -62,11 +45,16 @@ def train(name: str, schedule: str, stages: int, ranks: int) -> pipecompile.Pipe
     return pipe
 
 
-@pytest.mark.parametrize("schedule", TRAINING)
+@pytest.mark.parametrize("schedule", FLUSHING)
 @pytest.mark.parametrize("name", ["gpt2", "t5", "unet2d"])
 def test_exact_gradients(name: str, schedule: str) -> None:
-    each = find_schedule(schedule).per_rank or (2 if schedule in LOOPED else 1)
-    pipe = train(name, schedule, stages=4 if each == 2 else 3, ranks=2 if each == 2 else 3)
+    check(schedule, name, ranks=2 if per_rank(schedule) == 2 else 3)
+
+
+@pytest.mark.parametrize("schedule", FLUSHING)
+def test_compiled_with_the_schedule(schedule: str) -> None:
+    each = per_rank(schedule)
+    pipe = train("gpt2", schedule, stages=4 if each == 2 else 3, ranks=2 if each == 2 else 3)
     assert pipe.program.schedule.startswith(schedule)
 
 

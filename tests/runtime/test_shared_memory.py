@@ -166,3 +166,18 @@ def test_slots_are_as_many_as_messages_on_the_way(schedule: str, most: int) -> N
     plans = {plan.index: plan for plan in PLANS}
     found = most_on_the_way(program, plans, arrivals(program, plans))
     assert found[0, 1, "F"] == most
+
+
+def test_a_sender_may_end_before_its_last_step_is_taken() -> None:
+    sender, receiver = pair(slots=4)
+    sender.begin()
+    receiver.begin()
+    for sent in values(1):
+        sender.send(sent)
+    sender.close()
+    for _ in MESSAGES:
+        receiver.receive()
+    receiver.end()
+    receiver.begin()
+    with pytest.raises(RuntimeFault, match="the connection to rank 0 broke"):
+        receiver.receive()

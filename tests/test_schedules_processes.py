@@ -1,0 +1,46 @@
+"""Every schedule in two real processes: what each rank holds has the unsplit model's loss, gradients and buffers.
+
+The default run has all schedules on two models; ``make processes`` adds UNet2D.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.scheduled import FLUSHING
+
+ROOT = Path(__file__).parent.parent
+RANKS = 2
+MODELS = ("gpt2", "t5", "unet2d") if os.environ.get("PIPECOMPILE_ALL_PROCESSES") else ("gpt2", "t5")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What each rank found wrong, by model and schedule: one pair of processes runs them all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "tests.scheduled", str(folder), *MODELS],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("schedule", FLUSHING)
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_on_every_rank(found: list[dict[str, str]], name: str, schedule: str) -> None:
+    for rank, wrong in enumerate(found):
+        assert wrong[f"{name} {schedule}"] == "", f"rank {rank}"
