@@ -3,7 +3,7 @@
 1. Complete and in order: every forward, and backward (or its input half, then its weight half), once for each stage and
    microbatch, on the stage's rank; every message that the partition calls for, once, sent after its value is made and
    received before it is used; every shared parameter's gradient summed once on each rank that holds it, after the last
-   backward there.
+   backward there; the gradients of each stage, or of none, summed over the replicas once, after its last backward.
 2. On each channel (source rank, target rank, direction) the order of sends is the order of receives.
 3. No ring of ranks that wait for each other under the weakest transport: a run of consecutive messages starts as one
    and ends when the other end of each of its messages has started; a gradient sum ends when all its ranks have started.
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipecompile.errors import MemoryLimitError, ProgramError
-from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Instruction, Partition, Program, Routes, Timetable
+from pipecompile.ir import COMPUTE, RECEIVES, SENDS, SUMS, Instruction, Partition, Program, Routes, Timetable
 from pipecompile.memory import ADAM, memory_over_time, standing_bytes
 
 MESSAGES = (*SENDS, *RECEIVES)
@@ -45,6 +45,7 @@ def verify(
     _check_compute(program, places)
     _check_messages(program, Routes.of(partition), places)
     _check_reductions(program, partition)
+    _check_replica_sums(program)
     _check_channels(program)
     _check_waits(program)
     if limits is not None:
@@ -82,7 +83,7 @@ def _places(program: Program) -> Places:
                 raise _fault(program, place, f"there is no stage {one.stage}, only 0 to {shape.stages - 1}")
             if shape.placement[one.stage] != rank:
                 raise _fault(program, place, f"stage {one.stage} belongs to rank {shape.placement[one.stage]}")
-            if one.op == "REDUCE_GRAD":
+            if one.op in SUMS:
                 continue
             if not 0 <= one.microbatch < shape.microbatches:
                 raise _fault(program, place, f"its microbatch is not one of 0 to {shape.microbatches - 1}")
@@ -202,6 +203,28 @@ def _check_reductions(program: Program, partition: Partition) -> None:
             raise ProgramError(f"the REDUCE_GRAD of {name} is missing on rank {rank}; every rank that holds it sums it")
 
 
+def _check_replica_sums(program: Program) -> None:
+    """Replicas run the same program, so the n-th sum of a rank meets the n-th of its replicas: they cannot wait in a ring."""
+    summed: dict[int, tuple[int, int]] = {}
+    for rank, row in enumerate(program.rows):
+        for position, one in enumerate(row):
+            if one.op != "REDUCE_REPLICAS":
+                continue
+            if one.values or one.peers or one.microbatch != -1 or one.peer != -1:
+                raise _fault(program, (rank, position), "a sum over replicas names its stage only; leave the rest out")
+            if one.stage in summed:
+                raise _fault(program, (rank, position), f"it stands twice, first at instruction {summed[one.stage][1]}")
+            summed[one.stage] = (rank, position)
+            for later in row[position:]:
+                if later.stage == one.stage and later.op in ("BACKWARD", "BACKWARD_WEIGHT"):
+                    raise _fault(
+                        program, (rank, position), f"the stage still makes gradients in {later}; move it behind"
+                    )
+    for stage, rank in enumerate(program.shape.placement if summed else ()):
+        if stage not in summed:
+            raise ProgramError(f"{stage}REDUCE_REPLICAS is missing on rank {rank}; each stage is summed, or none is")
+
+
 def _check_channels(program: Program) -> None:
     placement = program.shape.placement
     sends: dict[tuple[int, int, str], list[tuple[tuple[int, int], Instruction]]] = {}
@@ -224,16 +247,22 @@ def _check_channels(program: Program) -> None:
 
 
 def _batches(row: Sequence[Instruction]) -> list[tuple[int, ...]]:
-    """Positions of a row that act as one: runs of messages; a gradient sum alone; computations never wait."""
+    """Positions of a row that act as one: runs of messages; a gradient sum alone.
+
+    Computations never wait; a sum over replicas only starts here, and may do so within a run.
+    """
     batches: list[tuple[int, ...]] = []
+    run = False
     for position, one in enumerate(row):
         if one.op in MESSAGES:
-            if position and row[position - 1].op in MESSAGES:
+            if run:
                 batches[-1] = (*batches[-1], position)
             else:
                 batches.append((position,))
         elif one.op == "REDUCE_GRAD":
             batches.append((position,))
+        if one.op != "REDUCE_REPLICAS":
+            run = one.op in MESSAGES
     return batches
 
 

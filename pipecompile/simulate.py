@@ -3,7 +3,8 @@
 A rank computes in the order of its row, each instruction as soon as its inputs are there. Messages leave when their
 value is made, one at a time on each channel (source rank, target rank, direction), and take ``bytes / bytes_per_ms``
 of the channel and ``latency_ms`` more to arrive; with ``overlap`` off, both ranks stand still meanwhile. A gradient
-reduction is a ring over its ranks, which all wait for the last one. O(instructions).
+reduction is a ring over its ranks, which all wait for the last one; one over replicas goes on while the rank computes, one
+after another, and the step ends when it has. O(instructions).
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ class _State:
     channel: dict[tuple[int, int, str], float] = field(default_factory=dict)
     waiting: dict[str, dict[int, float]] = field(default_factory=dict)
     spans: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    replicas: int = 1
+    summed: dict[int, float] = field(default_factory=dict)
 
     def step(self, rank: int, position: int, one: Instruction) -> bool:
         span = self.run(rank, one)
@@ -138,7 +141,7 @@ class _State:
             return self.send(rank, one)
         if one.op in RECEIVES:
             return self.receive(rank, one)
-        return self.reduce(rank, one)
+        return self.reduce(rank, one) if one.op == "REDUCE_GRAD" else self.reduce_replicas(rank, one)
 
     def compute(self, rank: int, one: Instruction) -> tuple[float, float] | None:
         start = self.clock[rank]
@@ -196,6 +199,16 @@ class _State:
         self.clock[rank] = start + 2 * (count - 1) * each
         return start, self.clock[rank]
 
+    def reduce_replicas(self, rank: int, one: Instruction) -> tuple[float, float]:
+        """A ring over the replicas of this rank, which come here at the same time."""
+        start = max(self.clock[rank], self.summed.get(rank, 0.0))
+        size = self.costs[one.stage].trainable_bytes
+        each = self.link.occupied_ms(size) / self.replicas + self.link.latency_ms
+        self.summed[rank] = start + 2 * (self.replicas - 1) * each
+        if not self.link.overlap:
+            self.clock[rank] = self.summed[rank]
+        return start, self.summed[rank]
+
 
 def simulate(
     program: Program,
@@ -203,16 +216,24 @@ def simulate(
     link: Link | None = None,
     optimizer_factor: float = ADAM,
     optimizer_ms: Sequence[float] = (),
+    replicas: int = 1,
 ) -> Forecast:
     """Forecast a step: its time, each rank's busy time and peak memory (an upper bound), and when everything runs.
 
     ``optimizer_factor`` is the optimizer's state as a factor of the trainable bytes, ``optimizer_ms`` what each rank's
-    optimizer step takes after its row. ProgramError names who waits if the program cannot run to its end.
+    optimizer step takes after its row, ``replicas`` how many run the program beside each other. ProgramError names who waits if the program cannot run to its end.
     """
     ranks = program.shape.ranks
     sizes = {shared.parameter: shared.bytes for shared in partition.shared}
     state = _State(
-        program, partition.costs, Routes.of(partition), sizes, link or Link(), clock=[0.0] * ranks, busy=[0.0] * ranks
+        program,
+        partition.costs,
+        Routes.of(partition),
+        sizes,
+        link or Link(),
+        clock=[0.0] * ranks,
+        busy=[0.0] * ranks,
+        replicas=replicas,
     )
     waiting = stuck(program.rows, walk(program.rows, state.step))
     if waiting:
@@ -222,7 +243,8 @@ def simulate(
             if one.op in RECEIVES:
                 key = (one.op, one.stage, one.peer, one.microbatch)
                 state.spans[rank, position] = state.messages.get(key, state.spans[rank, position])
-    ends = [time + after for time, after in zip(state.clock, optimizer_ms or [0.0] * ranks)]
+    ready = [max(time, state.summed.get(rank, 0.0)) for rank, time in enumerate(state.clock)]
+    ends = [time + after for time, after in zip(ready, optimizer_ms or [0.0] * ranks)]
     busy = [time + after for time, after in zip(state.busy, optimizer_ms or [0.0] * ranks)]
     return Forecast(
         step_ms=max(ends),

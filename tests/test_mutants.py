@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pipecompile.errors import ProgramError
 from pipecompile.ir import Instruction, Partition, Program, Shape, Shared, StageCost, Transfer
 from pipecompile.passes.communicate import chain, communicate
+from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.passes.verify import verify
 
@@ -43,6 +44,7 @@ class Reference:
     wanted: dict[tuple[int, int, str], list[tuple[int, Instruction]]] = field(default_factory=dict)
     sums: dict[frozenset[int], dict[int, list[str]]] = field(default_factory=dict)
     copies: dict[tuple[int, str], int] = field(default_factory=dict)
+    summed: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self) -> None:
         rows = self.program.rows
@@ -77,13 +79,21 @@ class Reference:
             calls.append(one.values[0])
             self.copies[rank, one.values[0]] = self.local(rank, one.values[0])
             return 1, [("sum", group, len(calls) - 1, one.values[0])]
+        if one.op == "REDUCE_REPLICAS":
+            if one.values or one.peers:
+                raise Wrong("a sum over replicas of something else")
+            self.summed.setdefault(one.stage, []).append(self.gradients[one.stage])
+            return 1, []
         if not one.op.startswith(("SEND", "RECV")):
             self.compute(rank, one)
             return 1, []
         tickets = []
         count = 0
-        while at + count < len(row) and row[at + count].op.startswith(("SEND", "RECV")):
-            tickets.append(self.message(rank, row[at + count]))
+        while at + count < len(row) and row[at + count].op.startswith(("SEND", "RECV", "REDUCE_REPLICAS")):
+            if row[at + count].op == "REDUCE_REPLICAS":
+                self.post(rank, row, at + count)
+            else:
+                tickets.append(self.message(rank, row[at + count]))
             count += 1
         return count, tickets
 
@@ -182,7 +192,8 @@ class Reference:
                 late = self.local(rank, shared.parameter) - self.copies.get((rank, shared.parameter), 0)
                 totals[rank, shared.parameter] = (calls, seen, late)
         whole = sum(len(calls) for ranks in self.sums.values() for calls in ranks.values())
-        return sorted(self.gradients.items()), sorted(self.halves), sorted(totals.items()), whole
+        sums = sorted(self.summed.items())
+        return sorted(self.gradients.items()), sorted(self.halves), sorted(totals.items()), whole, sums
 
 
 def outcome(program: Program, partition: Partition) -> object:
@@ -242,7 +253,7 @@ def subjects() -> list[tuple[Program, Partition]]:
         (communicate(make_timetable(name, shape), SKIPS), SKIPS)
         for name, shape in (("zb-h1", Shape(4, 4, 4)), ("zb-v", Shape(4, 2, 4)), ("dualpipe-v", Shape(4, 2, 4)))
     ]
-    return found
+    return [*found, *((for_replicas(program, 2), partition) for program, partition in found[::2])]
 
 
 def mutate(program: Program, draw: random.Random) -> Program:
@@ -253,7 +264,7 @@ def mutate(program: Program, draw: random.Random) -> Program:
     kind = draw.choice(
         ("drop", "twice", "swap", "next", "move", "rank", "redirect", "microbatch", "op", "values", "sum")
     )
-    sums = [i for i, one in enumerate(row) if one.op == "REDUCE_GRAD"]
+    sums = [i for i, one in enumerate(row) if one.op.startswith("REDUCE")]
     messages = [i for i, one in enumerate(row) if one.peer >= 0]
     at = draw.randrange(len(row))
     if kind == "sum" and sums:
@@ -277,7 +288,9 @@ def mutate(program: Program, draw: random.Random) -> Program:
     elif kind == "microbatch":
         row[at] = replace(row[at], microbatch=draw.randrange(program.shape.microbatches))
     elif kind == "op":
-        row[at] = replace(row[at], op=draw.choice(("FORWARD", "BACKWARD", "SEND_F", "RECV_F", "SEND_B", "RECV_B")))
+        row[at] = replace(
+            row[at], op=draw.choice(("FORWARD", "BACKWARD", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_REPLICAS"))
+        )
     elif kind == "values":
         at = draw.choice([*messages, *sums])
         row[at] = replace(row[at], values=draw.choice((row[at].values[::-1], row[at].values[1:], ("a",), ("w",))))
@@ -303,7 +316,7 @@ def test_every_mutant_that_is_wrong_is_refused_with_an_instruction():
         is_wrong = outcome(mutant, partition) != right
         message = refusal(mutant, partition)
         if message:
-            assert re.search(r"\d(F|B|I|W|SEND_[FB]|RECV_[FB])-?\d|REDUCE_GRAD", message), message
+            assert re.search(r"\d(F|B|I|W|SEND_[FB]|RECV_[FB])-?\d|REDUCE_(GRAD|REPLICAS)", message), message
             refused_but_right += not is_wrong
         else:
             assert not is_wrong, f"{program.schedule}: not refused:\n{mutant}"

@@ -7,6 +7,7 @@ import pytest
 from pipecompile.errors import ProgramError
 from pipecompile.ir import Instruction, Partition, Program, Shape, Shared, StageCost, Transfer
 from pipecompile.passes.communicate import chain, communicate
+from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.simulate import Link, simulate
 
@@ -50,6 +51,21 @@ def test_a_gradient_sum_waits_for_all_and_costs_a_ring():
     assert {s.end_ms for s in forecast.spans if program.rows[s.rank][s.position].op == "REDUCE_GRAD"} == {
         forecast.step_ms
     }
+
+
+def test_sums_over_replicas_go_on_while_a_rank_computes():
+    """A ring of two over 40 bytes at 10 bytes a ms: 4 ms. Stage 1 sums while stage 0 still computes."""
+    partition = chain(2, costs=[StageCost(1.0, 2.0, 1.0, saved_bytes=1, trainable_bytes=40)] * 2)
+    program = for_replicas(program_of("gpipe", Shape(2, 2, 1), partition), 2)
+    forecast = simulate(program, partition, Link(bytes_per_ms=10), replicas=2)
+    sums = {
+        s.rank: (s.start_ms, s.end_ms)
+        for s in forecast.spans
+        if program.rows[s.rank][s.position].op == "REDUCE_REPLICAS"
+    }
+    assert sums == {0: pytest.approx((6.2, 10.2)), 1: pytest.approx((4.1, 8.1))}
+    assert forecast.step_ms == pytest.approx(10.2)
+    assert forecast.busy_ms == pytest.approx((3, 3))
 
 
 def test_the_optimizer_adds_to_its_rank():

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from pipecompile.errors import MemoryLimitError, PipecompileError, ProgramError
+from pipecompile.errors import MemoryLimitError, PipecompileError, ProgramError, ScheduleError
 from pipecompile.ir import Instruction, Program, Shape, Shared, StageCost
 from pipecompile.passes.communicate import chain, communicate
+from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.passes.verify import verify
 
@@ -99,6 +100,26 @@ def test_reductions():
         verify(replace(program, rows=((*first[:-1], replace(first[-1], peers=())), second)), partition)
     with pytest.raises(ProgramError, match="x is not to be summed here"):
         verify(replace(program, rows=((*first[:-1], replace(first[-1], values=("x",))), second)), partition)
+
+
+def test_sums_over_replicas():
+    partition = chain(2)
+    program = for_replicas(communicate(make_timetable("1f1b", Shape(2, 2, 1)), partition), 2)
+    first, second = program.rows
+    assert str(program) == (
+        "0F0 0SEND_F0>1 0RECV_B0<1 0B0 0REDUCE_REPLICAS\n1RECV_F0<0 1F0 1B0 1SEND_B0>0 1REDUCE_REPLICAS"
+    )
+    assert Program.from_json(program.to_json()) == verify(program, partition)
+    with pytest.raises(ProgramError, match="1REDUCE_REPLICAS is missing on rank 1; each stage is summed, or none is"):
+        verify(replace(program, rows=(first, second[:-1])), partition)
+    with pytest.raises(
+        ProgramError, match=r"0REDUCE_REPLICAS \(rank 0, instruction 3\): the stage still makes gradients"
+    ):
+        verify(replace(program, rows=((*first[:-2], first[-1], first[-2]), second)), partition)
+    with pytest.raises(ProgramError, match=r"0REDUCE_REPLICAS .*stands twice, first at instruction 4"):
+        verify(replace(program, rows=((*first, first[-1]), second)), partition)
+    with pytest.raises(ScheduleError, match="replicas is 0, expected at least 1"):
+        for_replicas(program, 0)
 
 
 def test_another_number_of_stages():

@@ -12,6 +12,7 @@ from pipecompile.errors import ScheduleError
 from pipecompile.ir import Partition, Program, Shape, StageCost, Timetable
 from pipecompile.memory import memory_over_time
 from pipecompile.passes.communicate import chain, communicate
+from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import Schedule, find_schedule, make_timetable, schedule_names
 from pipecompile.passes.torch_csv import read_csv, write_csv
 from pipecompile.passes.verify import verify
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, help="stages of the model")
     parser.add_argument("--ranks", type=int, help="processes that hold them (default: as many as the schedule wants)")
     parser.add_argument("--microbatches", type=int, help="microbatches of a step (default: twice the stages)")
+    parser.add_argument("--replicas", type=int, default=1, help="data parallel copies of the program (default 1)")
     parser.add_argument(
         "--costs", metavar="F,I,W", help="ms of a stage's forward, input and weight half (default 1,1,1)"
     )
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         print(_closed_forms(_schedule(options), options))
         return
     timetable, partition = _timetable(options)
-    program = verify(communicate(timetable, partition), partition)
+    program = verify(for_replicas(communicate(timetable, partition), options.replicas), partition)
     if options.timeline:
         forecast = simulate(program, partition, Link(options.latency))
         Console().print(coloured(program.rows, program.shape, forecast), soft_wrap=True, end="")

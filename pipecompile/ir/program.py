@@ -43,7 +43,8 @@ class Shape:
 COMPUTE = {"FORWARD": "F", "BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 SENDS = ("SEND_F", "SEND_B")
 RECEIVES = ("RECV_F", "RECV_B")
-OPS = (*COMPUTE, *SENDS, *RECEIVES, "REDUCE_GRAD")
+SUMS = ("REDUCE_GRAD", "REDUCE_REPLICAS")
+OPS = (*COMPUTE, *SENDS, *RECEIVES, *SUMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Instruction:
     """One step of a rank: ``stage`` acts on ``microbatch``; ``peer`` is the stage at the other end of a message.
 
     ``values`` are the tensors of a message, or the shared parameters of a REDUCE_GRAD, whose ``peers`` are the stages
-    on other ranks that hold them too. REDUCE_GRAD has microbatch -1.
+    on other ranks that hold them too. REDUCE_REPLICAS sums the stage's other gradients over the replicas of the program;
+    REDUCE_GRAD sums over them as well. Sums have microbatch -1.
     """
 
     op: str
@@ -68,8 +70,8 @@ class Instruction:
     def __str__(self) -> str:
         if self.op in COMPUTE:
             return f"{self.stage}{COMPUTE[self.op]}{self.microbatch}"
-        if self.op == "REDUCE_GRAD":
-            return f"{self.stage}REDUCE_GRAD"
+        if self.op in SUMS:
+            return f"{self.stage}{self.op}"
         return f"{self.stage}{self.op}{self.microbatch}{'>' if self.op in SENDS else '<'}{self.peer}"
 
     def to_json(self) -> dict[str, Any]:
