@@ -58,15 +58,19 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
     opened = frozenset(best.graph.opened)
     gains: list[str] = []
     while candidates := _candidates(best, stages, known):
-        finer = attempt(opened | candidates)
+        try:
+            finer = attempt(opened | candidates)
+        except MemoryLimitError:
+            break
         if finer.partition.bottleneck_ms > (1 - WORTH) * best.partition.bottleneck_ms:
             break
         before, best, opened = best, finer, frozenset(finer.graph.opened)
         closed = _needless(best, candidates)
         if closed:
-            coarser = attempt(opened - closed)
-            if coarser.partition.bottleneck_ms <= (1 + WORTH / 4) * best.partition.bottleneck_ms:
-                best, opened = coarser, opened - closed
+            with suppress(MemoryLimitError):
+                coarser = attempt(opened - closed)
+                if coarser.partition.bottleneck_ms <= (1 + WORTH / 4) * best.partition.bottleneck_ms:
+                    best, opened = coarser, opened - closed
         gains.append(_gain(before, best))
     return Split(best.graph, best.costed, best.partition, tuple(gains), random_modules(graph))
 
@@ -74,7 +78,10 @@ def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model"
 def _within_memory(
     graph: Graph, attempt: Callable[[frozenset[str]], Split], opened: frozenset[str], known: Mapping[str, Call]
 ) -> Split:
-    """The first attempt that fits in memory, every call opened one level further each time that none does."""
+    """The first attempt that fits in memory, every call opened one level further each time that none does.
+
+    MemoryLimitError is that of the level that needs least.
+    """
     try:
         return attempt(opened)
     except MemoryLimitError as error:
@@ -83,8 +90,8 @@ def _within_memory(
             raise
         try:
             finer = _within_memory(graph, attempt, opened | closed, known)
-        except MemoryLimitError:
-            raise error from None
+        except MemoryLimitError as finest:
+            raise min(error, finest, key=lambda one: one.needed) from None
         with suppress(MemoryLimitError):
             return attempt(frozenset(finer.graph.opened) - _needless(finer, frozenset(closed)))
         return finer

@@ -4,6 +4,10 @@ A partition with fewer bytes may have a slower bottleneck within the tolerance, 
 send. Among the partitions of several tolerances the one with the shortest step is taken; then nodes next to a cut are moved
 over it, one at a time, as long as the step gets shorter. A step that does not fit in memory counts as endless.
 
+A schedule may be searched for its partition, which takes seconds. So a try is scored in the order made for the partition
+known so far, and only where moves have shortened the step in that order is one made for where they led. What
+counts is the step in the new order: moves after which it is no shorter are undone.
+
 Each try costs one simulation, O(instructions); at most ``TRIES`` are made.
 """
 
@@ -17,41 +21,64 @@ from pipecompile.passes.partitioners import evaluate
 TOLERANCES = (0.0, 0.01, 0.025)
 TRIES = 60
 WORTH = 5e-3
+"""A step must be shorter by this share to be taken."""
 
 Score = Callable[[Partition], float]
+Order = Callable[[Partition], Score]
+"""Makes the order for a partition; gives what scores partitions (ms of a step, infinite: impossible) in that order."""
 
 
 def shorten(
     graph: CostGraph,
     found: Partition,
-    score: Score,
-    cut: Callable[[float], Partition],
+    order: Order,
+    cut: Callable[[float], Partition] | None,
     tolerance: float,
     tries: int = TRIES,
 ) -> Partition:
-    """The partition with the shortest step that is found from ``found``; ``score`` gives a partition's step.
+    """The partition with the shortest step that is found from ``found``, each in the order that is made for it.
 
     ``cut`` partitions ``graph`` at a tolerance. No slowest stage gets slower than ``tolerance`` over the fastest's.
+    Without ``cut`` (what a message takes is unknown) no bytes are added to the cuts.
     """
-    best, least = found, score(found)
-    others = [cut(finer) for finer in TOLERANCES if finer < tolerance]
+    others = [cut(finer) for finer in TOLERANCES if finer < tolerance] if cut else []
     slowest = (1 + tolerance) * min(other.bottleneck_ms for other in (found, *others))
+    most = float("inf") if cut else found.bytes
+    score = order(found)
+    least = score(found)
     for other in others:
-        if other.stage != best.stage and (step := score(other)) < (1 - WORTH) * least:
-            best, least = other, step
+        if other.stage != found.stage and score(other) < (1 - WORTH) * least:
+            its_score = order(other)
+            if (step := its_score(other)) < (1 - WORTH) * least:
+                found, score, least = other, its_score, step
     left = tries
-    moved = True
-    while moved and left > 0:
-        moved = False
-        for stage in moves(graph, best.stage):
-            if left == 0:
+    while trail := _descend(graph, found, score, least, slowest, most, left):
+        left -= sum(tried for tried, _ in trail)
+        for _, other in (trail[-1], trail[0])[: len(trail)]:
+            its_score = order(other)
+            if (step := its_score(other)) < (1 - WORTH) * least:
+                found, score, least = other, its_score, step
                 break
-            left -= 1
-            other = evaluate(graph, stage, stages=best.stages, bound_ms=best.bound_ms, bound_bytes=best.bound_bytes)
-            if other.bottleneck_ms <= slowest and (step := score(other)) < (1 - WORTH) * least:
-                best, least, moved = other, step, True
-                break
-    return best
+        else:
+            break
+    return found
+
+
+def _descend(
+    graph: CostGraph, found: Partition, score: Score, least: float, slowest: float, most: float, tries: int
+) -> list[tuple[int, Partition]]:
+    """The partitions on the way down in one order, a moved node each, and how many tries each took."""
+    trail: list[tuple[int, Partition]] = []
+    tried, options = 0, moves(graph, found.stage)
+    while tries > 0 and (stage := next(options, None)):
+        other = evaluate(graph, stage, stages=found.stages, bound_ms=found.bound_ms, bound_bytes=found.bound_bytes)
+        if other.bottleneck_ms > slowest or other.bytes > most:
+            continue
+        tries, tried = tries - 1, tried + 1
+        if (step := score(other)) < (1 - WORTH) * least:
+            trail.append((tried, other))
+            least, tried, options = step, 0, moves(graph, stage)
+    return trail
 
 
 def moves(graph: CostGraph, stage: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

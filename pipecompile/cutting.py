@@ -2,58 +2,176 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from pipecompile.compiled import Options
-from pipecompile.ir import CostGraph, Partition, Shape
-from pipecompile.memory import in_flight
+from pipecompile.errors import MemoryLimitError, ProgramError
+from pipecompile.ir import CostGraph, Partition, Shape, Timetable
+from pipecompile.memory import Demand, demands, in_flight, least_rows, peak_bytes
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.opening import Split
 from pipecompile.passes.partitioners import partition
+from pipecompile.passes.partitioners.fitting import Fitting, Ranks
 from pipecompile.passes.schedules import make_timetable
-from pipecompile.passes.shorten import shorten
+from pipecompile.passes.schedules.auto import serial
+from pipecompile.passes.shorten import Score, shorten
 from pipecompile.simulate import simulate
 
 SEARCHED = ("auto", "v-half", "v-min", "zb-v")
-"""Schedules that take too long to make for every partition that is tried."""
+"""Schedules whose order depends on the partition."""
 
 SECONDS = 2.0
 """For each call of the partitioner: a model's graph is cut several times while calls are opened."""
 
+FIT_SECONDS = 10.0
+"""For a proof that nothing fits in memory, or a partition that does, where the partitioner finds none in its time."""
 
-def cutter(
-    options: Options, shape: Shape, memory: int | None, tolerance: float | None = None
-) -> Callable[[CostGraph], Partition]:
-    """The partitioner's call; under a memory limit it is told what the schedule holds where."""
-    chosen = options.tolerance if tolerance is None else tolerance
-    if memory is None:
-        return lambda costs: partition(costs, options.stages, tolerance=chosen, time_limit=SECONDS)
-    timetable = make_timetable(options.schedule, shape)
-    return lambda costs: partition(
-        costs,
-        options.stages,
-        tolerance=chosen,
-        memory=memory,
-        in_flight=in_flight(timetable.rows, options.stages),
-        placement=timetable.shape.placement,
-        state_factor=2 + options.optimizer_factor,
-        time_limit=SECONDS,
-    )
+BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Shares of the memory that the partitioner is given: it counts activations, the program messages too."""
 
 
-def with_shorter_step(parts: Split, options: Options, shape: Shape, memory: int | None) -> Split:
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts cost graphs for a schedule, within the memory of each rank by the count of the program that is made of them."""
+
+    options: Options
+    shape: Shape
+    made: dict[Partition, Timetable] = field(default_factory=dict)
+    """The orders that were made for partitions."""
+
+    def __call__(self, costs: CostGraph, tolerance: float | None = None) -> Partition:
+        """A partition, and one that fits if memory is limited; MemoryLimitError says what would do."""
+        options = self.options
+        chosen = options.tolerance if tolerance is None else tolerance
+        if options.memory is None:
+            return partition(costs, options.stages, tolerance=chosen, time_limit=SECONDS)
+        for share in BUDGETS:
+            try:
+                found = partition(
+                    costs,
+                    options.stages,
+                    tolerance=chosen,
+                    memory=int(share * options.memory),
+                    in_flight=in_flight(self.usual.rows, options.stages),
+                    placement=self.usual.shape.placement,
+                    state_factor=2 + options.optimizer_factor,
+                    time_limit=SECONDS,
+                )
+            except MemoryLimitError:
+                break
+            if self.fits(found):
+                return found
+        return self.fitting(costs, options.memory, chosen)
+
+    def fitting(self, costs: CostGraph, memory: int, tolerance: float) -> Partition:
+        """A partition that fits, by the exact solver; MemoryLimitError says what would do, and whether that is proved."""
+        search = Fitting.of(costs, self.options.stages, self.ranks, tolerance)
+        found, proved = search.any(memory, FIT_SECONDS)
+        if found:
+            return search.better(found, memory, 2 * SECONDS)
+        needed, bound = search.least(FIT_SECONDS)
+        raise MemoryLimitError(
+            _too_little(self.options.stages, memory, needed, bound if proved and not self.adapts else None), needed
+        )
+
+    def timetable(self, found: Partition) -> Timetable:
+        """The order in which a partition's program computes; MemoryLimitError if its schedule has none that fits."""
+        if not self.adapts:
+            return self.usual
+        if found not in self.made:
+            options = self.options
+            limits = (options.memory,) * options.ranks if options.memory else ()
+            self.made[found] = make_timetable(
+                options.schedule, self.shape, None, found, options.link, limits, options.optimizer_factor
+            )
+        return self.made[found]
+
+    def fits(self, found: Partition) -> bool:
+        """Whether some order of the schedule keeps every rank within its memory."""
+        memory = self.options.memory or math.inf
+        with suppress(MemoryLimitError):
+            return self.peak(found, self.smallest(found)) <= memory or (
+                self.options.schedule == "auto" and self.peak(found, self.timetable(found)) <= memory
+            )
+        return False
+
+    def peak(self, found: Partition, timetable: Timetable) -> int:
+        """The most bytes that a rank holds in the program of a partition."""
+        return max(peak_bytes(communicate(timetable, found), found, self.options.optimizer_factor))
+
+    def smallest(self, found: Partition) -> Timetable:
+        """The order that needs least memory: auto can run one microbatch after the other, others have but one."""
+        return serial(self.shape) if self.options.schedule == "auto" else self.timetable(found)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the order depends on the partition."""
+        return self.options.schedule in SEARCHED or ".py:" in self.options.schedule
+
+    @cached_property
+    def usual(self) -> Timetable:
+        """The order for equal stages, without a limit of memory."""
+        return make_timetable(self.options.schedule, self.shape)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """What the exact solver must know of the ranks' memory."""
+        least = serial(self.shape) if self.options.schedule == "auto" else self.usual
+        placement = least.shape.placement
+        pairs = list(itertools.combinations(range(self.options.stages), 2))
+
+        def in_program(found: Partition) -> tuple[Demand, ...]:
+            ways = sorted({(t.source, t.target) for t in found.transfers})
+            return demands(communicate(self.smallest(found), found).rows, placement, ways)
+
+        return Ranks(
+            placement=placement,
+            always=demands(least_rows(least), placement, pairs),
+            in_program=in_program,
+            peak=lambda found: self.peak(found, self.smallest(found)),
+            state_factor=2 + self.options.optimizer_factor,
+        )
+
+
+def _too_little(stages: int, memory: int, needed: float, bound: float | None) -> str:
+    """Why no partition fits: what would do, and the bound that was proved, if one was (None: none)."""
+    remedy = "give more memory, use more ranks, or keep fewer microbatches in flight"
+    if math.isinf(needed):
+        return f"no partition into {stages} stages that fits in {memory} bytes for each rank was found; {remedy}"
+    more = f"{needed:.0f} bytes for each rank would do, {needed - memory:.0f} more than its {memory}"
+    if bound is None:
+        return f"no partition into {stages} stages that fits in memory was found: {more}; {remedy}"
+    proved = "less would not" if bound >= needed else f"less than {bound:.0f} would not"
+    return f"no partition into {stages} stages fits in memory: {more}, and {proved}; {remedy}"
+
+
+def with_shorter_step(parts: Split, cutter: Cutter) -> Split:
     """The split with the partition of its graph that gives the shortest simulated step over the link, if one is known."""
-    if options.stages == 1 or options.link is None or options.schedule in SEARCHED:
+    options = cutter.options
+    if options.stages == 1:
         return parts
 
-    def step_ms(found: Partition) -> float:
-        timetable = make_timetable(options.schedule, shape, None, found, options.link)
-        forecast = simulate(communicate(timetable, found), found, options.link, options.optimizer_factor)
+    def step_ms(timetable: Timetable, found: Partition) -> float:
+        try:
+            program = communicate(timetable, found)
+        except ProgramError:  # an order made for other ways between the stages
+            return math.inf
+        forecast = simulate(program, found, options.link, options.optimizer_factor)
         return math.inf if options.memory and max(forecast.peak_bytes) > options.memory else forecast.step_ms
 
-    def cut(tolerance: float) -> Partition:
-        return cutter(options, shape, memory, tolerance)(parts.costed.graph)
+    def order(found: Partition) -> Score:
+        try:
+            timetable = cutter.timetable(found)
+        except MemoryLimitError:
+            return lambda other: math.inf
+        return lambda other: step_ms(timetable, other)
 
-    return replace(parts, partition=shorten(parts.costed.graph, parts.partition, step_ms, cut, options.tolerance))
+    def cut(tolerance: float) -> Partition:
+        return cutter(parts.costed.graph, tolerance)
+
+    best = shorten(parts.costed.graph, parts.partition, order, cut if options.link else None, options.tolerance)
+    return replace(parts, partition=best)

@@ -1,5 +1,7 @@
 """The tree of errors: each is named after what went wrong for the user, and its message names the remedy."""
 
+import math
+
 
 class PipecompileError(Exception):
     """Root of every error that this package raises on purpose."""
@@ -26,7 +28,11 @@ class ProgramError(PipecompileError):
 
 
 class MemoryLimitError(PartitionError):
-    """A rank needs more memory than it has."""
+    """A rank needs more memory than it has; with ``needed`` bytes for each rank a program was found (infinite: unknown)."""
+
+    def __init__(self, message: str, needed: float = math.inf) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 class BuildError(PipecompileError):

@@ -11,9 +11,16 @@ O(instructions) for each rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from pipecompile.ir import Instruction, Partition, Program, Route, Routes, Timetable
+import numpy as np
+import numpy.typing as npt
+
+from pipecompile.ir import Instruction, Partition, Program, Routes, Timetable
+
+Column = tuple[str, int, int]
+"""Something that a rank holds for a microbatch: what it is, and the two stages that it goes between (or one, twice)."""
 
 ADAM = 2.0
 """Optimizer state as a factor of the trainable parameters' bytes: Adam keeps two moments."""
@@ -44,15 +51,75 @@ def in_flight(rows: Sequence[Sequence[Instruction]], stages: int) -> tuple[int, 
     return tuple(most)
 
 
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a rank holds while each of its instructions runs, besides what it always holds: how many of each column.
+
+    ``columns``: ("saved", stage, stage) is the saved activations of a microbatch, ("forward", a, b) and
+    ("backward", a, b) what goes from stage a to b for one, and the gradients that come back.
+    ``counts`` is int64[instructions, columns].
+    """
+
+    columns: tuple[Column, ...]
+    counts: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(row: Sequence[Instruction], placement: Sequence[int], pairs: Iterable[tuple[int, int]]) -> Holdings:
+        """The holdings along a rank's row, where values go between the ``pairs`` of stages."""
+        to: dict[int, list[int]] = {}
+        for a, b in pairs:
+            if placement[a] != placement[b]:
+                to.setdefault(a, []).append(b)
+        place: dict[Column, int] = {}
+        changes: list[tuple[int, int, int]] = []
+        held: dict[tuple[int, int], list[int]] = {}
+        split = {(one.stage, one.microbatch) for one in row if one.op == "BACKWARD_WEIGHT"}
+        for position, one in enumerate(row):
+            key = (one.stage, one.microbatch)
+            for name in _taken(one, to):
+                column = place.setdefault(name, len(place))
+                if one.op != "SEND_B":
+                    held.setdefault(key, []).append(column)
+                elif (-1, column) in held:
+                    continue
+                else:
+                    held[-1, column] = [column]
+                changes.append((position, column, 1))
+            if one.op == "BACKWARD_WEIGHT" or (one.op == "BACKWARD" and key not in split):
+                changes += [(position + 1, column, -1) for column in held.pop(key, ())]
+        counts = np.zeros((len(row) + 1, len(place)), dtype=np.int64)
+        if changes:
+            where = np.array(changes)
+            np.add.at(counts, (where[:, 0], where[:, 1]), where[:, 2])
+        return Holdings(tuple(place), counts.cumsum(axis=0)[:-1])
+
+
+def _taken(one: Instruction, to: Mapping[int, Sequence[int]]) -> list[Column]:
+    """The columns of which an instruction takes one more."""
+    if one.op == "FORWARD":
+        return [("saved", one.stage, one.stage), *(("forward", one.stage, b) for b in to.get(one.stage, ()))]
+    if one.op == "RECV_F":
+        return [("forward", one.peer, one.stage)]
+    if one.op == "RECV_B":
+        return [("backward", one.stage, one.peer)]
+    return [("backward", one.peer, one.stage)] if one.op == "SEND_B" else []
+
+
 def memory_over_time(
     program: Program, partition: Partition, optimizer_factor: float = ADAM
 ) -> tuple[tuple[int, ...], ...]:
     """Bytes held while each instruction of each row runs."""
-    routes = {(r.source, r.target): r for r in Routes.of(partition).routes}
-    standing = standing_bytes(program, partition, optimizer_factor)
-    return tuple(
-        tuple(size + held for held in _held(program, rank, partition, routes)) for rank, size in enumerate(standing)
-    )
+    routes = Routes.of(partition).routes
+    size: dict[Column, int] = {("saved", s, s): cost.saved_bytes for s, cost in enumerate(partition.costs)}
+    for r in routes:
+        size["forward", r.source, r.target] = r.bytes
+        size["backward", r.source, r.target] = r.gradient_bytes
+    lines = []
+    for row, always in zip(program.rows, standing_bytes(program, partition, optimizer_factor)):
+        found = Holdings.of(row, program.shape.placement, [(r.source, r.target) for r in routes])
+        sizes = np.array([size[name] for name in found.columns], dtype=np.int64)
+        lines.append(tuple((always + found.counts @ sizes).tolist()))
+    return tuple(lines)
 
 
 def peak_bytes(program: Program, partition: Partition, optimizer_factor: float = ADAM) -> tuple[int, ...]:
@@ -62,36 +129,42 @@ def peak_bytes(program: Program, partition: Partition, optimizer_factor: float =
     return tuple(max((size, *line)) for size, line in zip(standing, lines))
 
 
-def _held(program: Program, rank: int, partition: Partition, routes: dict[tuple[int, int], Route]) -> Iterator[int]:
-    """Bytes of activations and messages on ``rank`` at each instruction; what an instruction frees goes after it."""
-    row = program.rows[rank]
-    placement = program.shape.placement
-    split = {(one.stage, one.microbatch) for one in row if one.op == "BACKWARD_WEIGHT"}
-    outputs = [
-        sum(r.bytes for r in routes.values() if r.source == s and placement[r.target] != rank)
-        for s in range(partition.stages)
-    ]
-    activations: dict[tuple[int, int], int] = {}
-    gradients: dict[tuple[int, int], int] = {}
-    sending: dict[tuple[int, int], int] = {}
-    for one in row:
-        key = (one.stage, one.microbatch)
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a rank holds at once besides what it always holds: how many of each column."""
+
+    rank: int
+    held: tuple[tuple[Column, int], ...]
+
+
+def demands(
+    rows: Sequence[Sequence[Instruction]], placement: Sequence[int], pairs: Sequence[tuple[int, int]]
+) -> tuple[Demand, ...]:
+    """The largest holdings of each rank along its row; what another one contains is left out."""
+    found = []
+    for rank, row in enumerate(rows):
+        along = Holdings.of(row, placement, pairs)
+        counts = np.unique(along.counts, axis=0)
+        for one in counts:
+            if (counts >= one).all(axis=1).sum() == 1:
+                held = tuple((name, int(count)) for name, count in zip(along.columns, one) if count)
+                found.append(Demand(rank, held))
+    return tuple(found)
+
+
+def least_rows(timetable: Timetable) -> tuple[tuple[Instruction, ...], ...]:
+    """The timetable with every message that there could be, none earlier than needed: no program holds less."""
+    stages, placement = range(timetable.shape.stages), timetable.shape.placement
+
+    def around(one: Instruction) -> Iterable[Instruction]:
+        s, m = one.stage, one.microbatch
+        before = [a for a in stages if a < s and placement[a] != placement[s]]
+        after = [b for b in stages if b > s and placement[b] != placement[s]]
         if one.op == "FORWARD":
-            activations[key] = activations.get(key, 0) + partition.costs[one.stage].saved_bytes + outputs[one.stage]
-        elif one.op == "RECV_F":
-            activations[key] = activations.get(key, 0) + routes[one.peer, one.stage].bytes
-        elif one.op == "RECV_B":
-            gradients[key] = gradients.get(key, 0) + routes[one.stage, one.peer].gradient_bytes
-        elif one.op == "SEND_B":
-            sending[one.stage, one.peer] = routes[one.peer, one.stage].gradient_bytes
-        yield sum(activations.values()) + sum(gradients.values()) + sum(sending.values())
-        _free(one, key in split, activations, gradients)
+            return (*(Instruction("RECV_F", s, m, a) for a in before), one)
+        if one.op == "BACKWARD_WEIGHT":
+            return (one,)
+        receives = (Instruction("RECV_B", s, m, b) for b in after)
+        return (*receives, one, *(Instruction("SEND_B", s, m, a) for a in before))
 
-
-def _free(
-    one: Instruction, split: bool, activations: dict[tuple[int, int], int], gradients: dict[tuple[int, int], int]
-) -> None:
-    key = (one.stage, one.microbatch)
-    if one.op == "BACKWARD_WEIGHT" or (one.op == "BACKWARD" and not split):
-        activations.pop(key, None)
-        gradients.pop(key, None)
+    return tuple(tuple(part for one in row for part in around(one)) for row in timetable.rows)

@@ -58,7 +58,7 @@ def auto(shape: Shape, setting: Setting) -> Timetable:
                 break
     best = min((one for one in candidates if one.fits), key=lambda one: one.forecast.step_ms, default=None)
     if best is None:
-        raise _too_little(_candidate(_serial(shape), setting), setting)
+        raise _too_little(_candidate(serial(shape), setting), setting)
     return best.timetable
 
 
@@ -71,7 +71,7 @@ def _candidate(timetable: Timetable, setting: Setting) -> Candidate:
 
 def _named(shape: Shape, setting: Setting) -> Iterator[Timetable]:
     """Every named schedule that allows the shape, and the serial one."""
-    yield _serial(shape)
+    yield serial(shape)
     for name in schedule_names():
         found = find_schedule(name)
         if found.order is auto or not found.flushes:
@@ -83,7 +83,7 @@ def _named(shape: Shape, setting: Setting) -> Iterator[Timetable]:
         yield replace(timetable, schedule=f"auto: {name}")
 
 
-def _serial(shape: Shape) -> Timetable:
+def serial(shape: Shape) -> Timetable:
     """One microbatch after the other: one activation of each stage in flight."""
     placed = replace(shape, placement=loop(shape))
     rows = []

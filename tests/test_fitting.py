@@ -1,0 +1,116 @@
+"""Memory is a hard limit: a partition that fits by the program's own count is found whenever there is one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import pipecompile
+from pipecompile.compiled import Options
+from pipecompile.cutting import Cutter
+from pipecompile.errors import MemoryLimitError
+from pipecompile.ir import CostGraph, CostNode, CostTensor, Parameter, Partition, Shape
+from pipecompile.memory import Holdings, peak_bytes
+from pipecompile.passes.communicate import communicate
+from pipecompile.passes.partitioners import evaluate
+from pipecompile.passes.schedules import make_timetable
+
+CASES = [("1f1b", 3, 3), ("1f1b", 4, 4), ("gpipe", 4, 4), ("interleaved-1f1b", 4, 2), ("zb-h1", 3, 3)]
+
+
+def random_graph(draw: random.Random, count: int) -> CostGraph:
+    """A graph as lifted models have them: skips, shared parameters, messages as large as activations."""
+    edges = {(u, u + 1) for u in range(count - 1)} - {(draw.randrange(count - 1),) * 2}
+    edges |= {(u, v) for u in range(count) for v in range(u + 2, count) if draw.random() < 0.2}
+    shared = Parameter("shared", draw.randint(1, 40))
+    nodes = tuple(
+        CostNode(
+            f"n{k}",
+            draw.randint(1, 9),
+            draw.randint(1, 9),
+            (Parameter(f"w{k}", draw.randint(0, 30), draw.random() < 0.8), *([shared] * (draw.random() < 0.3))),
+            draw.randint(0, 30),
+        )
+        for k in range(count)
+    )
+    tensors = []
+    for u in range(count):
+        readers = tuple(v for a, v in sorted(edges) if a == u)
+        size = draw.randint(0, 30)
+        if readers:
+            tensors.append(CostTensor(f"t{u}", u, readers, size, size if draw.random() < 0.7 else 0))
+    return CostGraph("random", nodes, tuple(sorted(edges)), tuple(tensors))
+
+
+def partitions(graph: CostGraph, stages: int) -> Iterator[Partition]:
+    """Every one there is."""
+    for stage in itertools.product(range(stages), repeat=len(graph.nodes)):
+        if len(set(stage)) == stages and all(stage[u] <= stage[v] for u, v in graph.edges):
+            yield evaluate(graph, stage, stages=stages)
+
+
+def peak_of(found: Partition, schedule: str, shape: Shape) -> int:
+    """The largest peak of a rank in the program that compiling gives."""
+    return max(peak_bytes(communicate(make_timetable(schedule, shape, partition=found), found), found))
+
+
+@pytest.mark.parametrize(("schedule", "stages", "ranks"), CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_fits_is_found_and_what_does_not_is_said(seed: int, schedule: str, stages: int, ranks: int) -> None:
+    graph = random_graph(random.Random(seed), 7)
+    shape = Shape(stages, ranks, 4)
+    least = min(peak_of(found, schedule, shape) for found in partitions(graph, stages))
+
+    def cut(memory: int) -> Partition:
+        return Cutter(Options(stages, ranks, 4, schedule, memory=memory), shape)(graph)
+
+    assert peak_of(cut(least), schedule, shape) == least
+    assert peak_of(cut(least + 7), schedule, shape) <= least + 7
+    message = (
+        f"no partition into {stages} stages fits in memory: {least} bytes .*, 1 more than its {least - 1}, and less"
+    )
+    with pytest.raises(MemoryLimitError, match=message) as error:
+        cut(least - 1)
+    assert error.value.needed == least
+
+
+@pytest.mark.parametrize("schedule", ["auto", "v-half", "v-min", "zb-v"])
+def test_orders_made_for_the_partition_fit_too(schedule: str) -> None:
+    """As little as the search itself names as enough is enough."""
+    graph, shape = random_graph(random.Random(1), 7), Shape(4, 2, 4)
+    with pytest.raises(MemoryLimitError, match="that fits in memory was found: .* would do") as error:
+        Cutter(Options(4, 2, 4, schedule, memory=10), shape)(graph)
+    needed = int(error.value.needed)
+    cutter = Cutter(Options(4, 2, 4, schedule, memory=needed), shape)
+    found = cutter(graph)
+    assert max(peak_bytes(communicate(cutter.timetable(found), found), found)) <= needed
+
+
+def test_a_model_is_compiled_within_the_least_memory_of_its_parts() -> None:
+    torch.manual_seed(0)
+    sizes = (8, 24, 4, 16, 4, 8)
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
+    batch, options = (torch.randn(8, 8),), {"stages": 3, "microbatches": 4, "costs": "estimate"}
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor]) -> torch.Tensor:
+        return model(batch[0]).square().mean()
+
+    with pytest.raises(MemoryLimitError, match="would do, .* and less would not") as error:
+        pipecompile.compile(model, batch, loss=loss, memory=100, **options)
+    needed = int(error.value.needed)
+    pipe = pipecompile.compile(model, batch, loss=loss, memory=needed, **options)
+    assert max(pipe.forecast.peak_bytes) == needed
+    free = pipecompile.compile(model, batch, loss=loss, **options)
+    assert max(free.forecast.peak_bytes) > needed
+
+
+def test_what_is_held_along_a_row() -> None:
+    row = make_timetable("gpipe", Shape(2, 1, 1)).rows[0]
+    found = Holdings.of(row, (0, 0), [(0, 1)])
+    assert found.columns == (("saved", 0, 0), ("saved", 1, 1))
+    assert found.counts.tolist() == [[1, 0], [1, 1], [1, 1], [1, 0]]
