@@ -49,9 +49,20 @@ def own_order(name: str) -> Callable[[Shape, Any], Rows | Timetable]:
             made = function(*given)
         except Exception as error:
             raise ScheduleError(f"schedule {name!r} failed: {type(error).__name__}: {error}") from error
-        return made if isinstance(made, Timetable) else _rows(name, made)
+        if not isinstance(made, Timetable):
+            return _rows(name, made)
+        if _size(made.shape) != _size(shape):
+            raise ScheduleError(
+                f"schedule {name!r} gave a timetable for {_size(made.shape)}, not for the {_size(shape)} asked for; "
+                "make it for the shape that the function is given, or ask for that one"
+            )
+        return made
 
     return order
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape.stages} stages on {shape.ranks} ranks and {shape.microbatches} microbatches"
 
 
 def _rows(name: str, made: object) -> Rows:

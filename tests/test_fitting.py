@@ -14,7 +14,7 @@ import pipecompile
 from pipecompile.compiled import Options
 from pipecompile.cutting import Cutter
 from pipecompile.errors import MemoryLimitError
-from pipecompile.ir import CostGraph, CostNode, CostTensor, Parameter, Partition, Shape
+from pipecompile.ir import CostGraph, CostNode, CostTensor, Instruction, Parameter, Partition, Shape
 from pipecompile.memory import Holdings, peak_bytes
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.partitioners import evaluate
@@ -83,7 +83,7 @@ def test_what_fits_is_found_and_what_does_not_is_said(seed: int, schedule: str, 
 def test_orders_made_for_the_partition_fit_too(schedule: str) -> None:
     """As little as the search itself names as enough is enough."""
     graph, shape = random_graph(random.Random(1), 7), Shape(4, 2, 4)
-    with pytest.raises(MemoryLimitError, match="that fits in memory was found: .* would do") as error:
+    with pytest.raises(MemoryLimitError, match=r"that fits in memory was found: .* would do") as error:
         Cutter(Options(4, 2, 4, schedule, memory=10), shape)(graph)
     needed = int(error.value.needed)
     cutter = Cutter(Options(4, 2, 4, schedule, memory=needed), shape)
@@ -100,7 +100,7 @@ def test_a_model_is_compiled_within_the_least_memory_of_its_parts() -> None:
     def loss(model: nn.Module, batch: tuple[torch.Tensor]) -> torch.Tensor:
         return model(batch[0]).square().mean()
 
-    with pytest.raises(MemoryLimitError, match="would do, .* and less would not") as error:
+    with pytest.raises(MemoryLimitError, match=r"would do, .* and less would not") as error:
         pipecompile.compile(model, batch, loss=loss, memory=100, **options)
     needed = int(error.value.needed)
     pipe = pipecompile.compile(model, batch, loss=loss, memory=needed, **options)
@@ -110,7 +110,9 @@ def test_a_model_is_compiled_within_the_least_memory_of_its_parts() -> None:
 
 
 def test_what_is_held_along_a_row() -> None:
-    row = make_timetable("gpipe", Shape(2, 1, 1)).rows[0]
-    found = Holdings.of(row, (0, 0), [(0, 1)])
-    assert found.columns == (("saved", 0, 0), ("saved", 1, 1))
-    assert found.counts.tolist() == [[1, 0], [1, 1], [1, 1], [1, 0]]
+    """Stages 0 and 2 on this rank, 1 on another: what arrives for a microbatch is held until its backward."""
+    text = [("RECV_F", 2, 1), ("FORWARD", 2, -1), ("BACKWARD", 2, -1), ("SEND_B", 2, 1), ("SEND_B", 2, 1)]
+    row = [Instruction(op, stage, 0, peer) for op, stage, peer in text]
+    found = Holdings.of(row, (0, 1, 0), [(0, 1), (1, 2), (0, 2)])
+    assert found.columns == (("forward", 1, 2), ("saved", 2, 2), ("backward", 1, 2))
+    assert found.counts.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]

@@ -62,6 +62,14 @@ def test_rows_as_text_instructions_or_a_timetable(mine):
     assert str(make_timetable(f"{mine}:whole", Shape(2, 1, 1))) == "0F0 1F0 1B0 0B0"
 
 
+@pytest.mark.parametrize("shape", [Shape(2, 2, 1), Shape(2, 1, 3), Shape(4, 1, 1)])
+def test_a_timetable_of_another_shape_is_refused(mine, shape):
+    asked = f"{shape.stages} stages on {shape.ranks} ranks and {shape.microbatches} microbatches"
+    words = f"gave a timetable for 2 stages on 1 ranks and 1 microbatches, not for the {asked} asked for; make it for"
+    with pytest.raises(ScheduleError, match=words):
+        make_timetable(f"{mine}:whole", shape)
+
+
 def test_the_command_verifies_it(mine, capsys):
     assert main(["schedule", "--schedule", f"{mine}:text", "--stages", "2", "--microbatches", "2", "--compute"]) == 0
     assert capsys.readouterr().out == "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1\n"

@@ -1,11 +1,11 @@
 """Stage 0 of 2 (counted from 0).
 
 Gives
-    matmul  float32[2, 8]  to stage 1
+    mul_2  float32[2, 8]  to stage 1
 
 Reads of the batch: input_
 Parameters: 3 tensors, 160 bytes
-Cost of a microbatch: forward 3.3e-05 ms, backward 6.6e-05 ms, 132 bytes kept for backward
+Cost of a microbatch: forward 4.9e-05 ms, backward 9.8e-05 ms, 196 bytes kept for backward
 """
 
 from pipecompile.runtime import Stage
@@ -18,12 +18,13 @@ class Stage0(Stage):
         # the model itself, and its loss
         gt = input_ > 0
         mul = input_ * gt
-        return (mul,)
+        return (gt, mul)
 
     def forward(self, batch):
-        (mul,) = self._replicated(batch)
+        gt, mul = self._replicated(batch)
         encode = self.encode(mul)
         norm = self.norm(encode)
         # the model itself, and its loss
         matmul = norm @ self.encode.weight
-        return (matmul,)
+        mul_2 = matmul * gt
+        return (mul_2,)

@@ -1,14 +1,14 @@
 """Stage 1 of 2 (counted from 0).
 
 Receives
-    matmul  float32[2, 8]  from stage 0
+    mul_2  float32[2, 8]  from stage 0
 
 Gives
     loss  float32[]  (the step's result)
 
 Reads of the batch: input_
 Parameters: 0 tensors, 0 bytes
-Cost of a microbatch: forward 5e-05 ms, backward 0.0001 ms, 200 bytes kept for backward
+Cost of a microbatch: forward 3.4e-05 ms, backward 6.8e-05 ms, 136 bytes kept for backward
 """
 
 import torch
@@ -20,19 +20,10 @@ aten = torch.ops.aten
 
 
 class Stage1(Stage):
-    def _replicated(self, batch):
-        """Cheap values without a gradient that every reading stage computes."""
+    def forward(self, batch, mul_2):
         input_ = batch[0]
-        # the model itself, and its loss
-        gt = input_ > 0
-        return (gt,)
-
-    def forward(self, batch, matmul):
-        input_ = batch[0]
-        (gt,) = self._replicated(batch)
         # the model itself, and its loss
         add = aten.add_.Tensor(self.steps, 1)
-        mul_2 = matmul * gt
         broadcast_tensors, broadcast_tensors_2 = aten.broadcast_tensors.default([mul_2, input_])
         loss = F.mse_loss(broadcast_tensors, broadcast_tensors_2)
         return (loss,)
