@@ -13,6 +13,7 @@ from pipecompile.ir import CostGraph, CostNode, CostTensor, Parameter, Shared, S
 from pipecompile.passes.partitioners import evaluate, partition, partitioners, pose
 from pipecompile.passes.partitioners.exact import into_memory
 from pipecompile.passes.partitioners.milp import Model, Solved
+from tests.cost_graphs import graphs
 
 
 def chain(*costs: float) -> CostGraph:
@@ -20,34 +21,6 @@ def chain(*costs: float) -> CostGraph:
     nodes = tuple(CostNode(f"n{k}", cost, 0.0) for k, cost in enumerate(costs))
     edges = tuple((k, k + 1) for k in range(len(costs) - 1))
     return CostGraph("chain", nodes, edges, tuple(CostTensor(f"t{u}", u, (v,), 8, 8) for u, v in edges))
-
-
-@st.composite
-def graphs(draw: st.DrawFn, most: int = 10) -> CostGraph:
-    """Random acyclic graphs with shared parameters and gradients that go back."""
-    count = draw(st.integers(2, most))
-    pairs = [(u, v) for u in range(count) for v in range(u + 1, count)]
-    edges = tuple(pair for pair in pairs if draw(st.integers(0, 3)) == 0)
-    weights = [Parameter(f"w{k}", draw(st.integers(0, 9)), draw(st.booleans())) for k in range(3)]
-    nodes = tuple(
-        CostNode(
-            f"n{k}",
-            draw(st.integers(0, 9)),
-            draw(st.integers(0, 9)),
-            tuple(w for w in weights if draw(st.integers(0, 3)) == 0),
-            draw(st.integers(0, 5)),
-        )
-        for k in range(count)
-    )
-    tensors = []
-    for u in range(count):
-        readers = tuple(v for a, v in edges if a == u)
-        if readers:
-            tensors.append(CostTensor(f"t{u}", u, readers, draw(st.integers(0, 20)), draw(st.integers(0, 5))))
-        writers = tuple(a for a, v in edges if v == u)
-        if writers and draw(st.booleans()):
-            tensors.append(CostTensor(f"g{u}", u, writers, draw(st.integers(0, 20)), 0, "B"))
-    return CostGraph("random", nodes, edges, tuple(tensors))
 
 
 def test_evaluate_counts_once_what_is_once():

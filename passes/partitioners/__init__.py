@@ -10,6 +10,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
 
 from pipecompile.errors import MemoryLimitError, PartitionError
 from pipecompile.ir import CostGraph, Partition, Shared, StageCost, Transfer
@@ -36,67 +37,49 @@ def partitioners() -> dict[str, Partitioner]:
     return dict(sorted(_REGISTERED.items()))
 
 
-def partition(
-    graph: CostGraph,
-    stages: int,
-    *,
-    tolerance: float = 0.05,
-    method: str = "default",
-    memory: int | Sequence[int] | None = None,
-    in_flight: Sequence[int] | None = None,
-    placement: Sequence[int] | None = None,
-    state_factor: float = 4.0,
-    speeds: Sequence[float] | None = None,
-    bandwidths: Sequence[float] | None = None,
-    time_limit: float = 12.0,
-) -> Partition:
-    """Cut a graph into stages: the least time of the slowest stage, then the fewest bytes within the tolerance.
+class Asked(TypedDict, total=False):
+    """What may be asked of a partition besides the stages.
 
-    ``memory`` is each rank's limit in bytes (one number: the same for all), ``placement`` the rank of each stage (its
-    own, unless given). A stage holds ``state_factor`` times its trainable parameters (weight, gradient, two moments of
-    the optimizer: 4), its frozen ones once, and the saved activations of ``in_flight`` microbatches (1F1B's, unless
-    given). ``speeds`` are the devices' relative speeds, ``bandwidths`` those of the links between stages s and s+1.
+    tolerance     of the slowest stage's time, over the least, for the sake of fewer bytes (0.05)
+    memory        each rank's limit in bytes (one number: the same for all; none: no limit)
+    in_flight     for each stage, of how many microbatches it holds the saved activations (1F1B's)
+    placement     the rank of each stage (its own)
+    state_factor  how many times its trainable parameters a stage holds: weight, gradient, two moments (4)
+    speeds        the devices' relative speeds, one for each stage (equal)
+    bandwidths    relative ones of the links between stages s and s+1 (equal)
+    time_limit    in seconds (12)
     """
-    problem = pose(
-        graph,
-        stages,
-        tolerance=tolerance,
-        memory=memory,
-        in_flight=in_flight,
-        placement=placement,
-        state_factor=state_factor,
-        speeds=speeds,
-        bandwidths=bandwidths,
-        time_limit=time_limit,
-    )
+
+    tolerance: float
+    memory: int | Sequence[int] | None
+    in_flight: Sequence[int] | None
+    placement: Sequence[int] | None
+    state_factor: float
+    speeds: Sequence[float] | None
+    bandwidths: Sequence[float] | None
+    time_limit: float
+
+
+def partition(graph: CostGraph, stages: int, *, method: str = "default", **asked: Unpack[Asked]) -> Partition:
+    """Cut a graph into stages: the least time of the slowest stage, then the fewest bytes within the tolerance."""
+    problem = pose(graph, stages, **asked)
     return evaluate_answer(graph, problem, solve(problem, method))
 
 
-def pose(
-    graph: CostGraph,
-    stages: int,
-    *,
-    tolerance: float = 0.05,
-    memory: int | Sequence[int] | None = None,
-    in_flight: Sequence[int] | None = None,
-    placement: Sequence[int] | None = None,
-    state_factor: float = 4.0,
-    speeds: Sequence[float] | None = None,
-    bandwidths: Sequence[float] | None = None,
-    time_limit: float = 12.0,
-) -> Problem:
+def pose(graph: CostGraph, stages: int, **asked: Unpack[Asked]) -> Problem:
     """The problem that ``partition`` solves for these arguments; PartitionError names what is wrong with one."""
+    speeds, bandwidths = asked.get("speeds"), asked.get("bandwidths")
+    tolerance = asked.get("tolerance", 0.05)
     _check(graph, stages, tolerance, speeds, bandwidths)
-    limits = _limits(stages, memory, in_flight, placement)
     return make(
         graph,
         stages,
         tolerance=tolerance,
         speeds=speeds,
         bandwidths=bandwidths,
-        limits=limits,
-        state_factor=state_factor,
-        time_limit=time_limit,
+        limits=_limits(stages, asked.get("memory"), asked.get("in_flight"), asked.get("placement")),
+        state_factor=asked.get("state_factor", 4.0),
+        time_limit=asked.get("time_limit", 12.0),
     )
 
 

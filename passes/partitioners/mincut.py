@@ -8,8 +8,9 @@
        which every nested choice of the sets is a split, so one dynamic program picks the best of them all together
     4. from 2 again, until nothing gets better or the time is over. No solver is used
 
-Graphs so narrow that all their closed sets can be listed are solved by that alone (see ``closed_sets``). One round costs S flows (see ``cuts``) and O(S · n²) for the dynamic program. How much is tried depends on the size of
-the graph, not on the clock, so that the answer is the same on every machine unless the time limit is met.
+Graphs so narrow that all their closed sets can be listed are solved by that alone (see ``closed_sets``). One round costs
+S flows (see ``cuts``) and O(S · n²) for the dynamic program. How much is tried depends on the size of the graph, not on
+the clock, so that the answer is the same on every machine unless the time limit is met.
 """
 
 from __future__ import annotations
