@@ -102,7 +102,8 @@ class Renderer:
     def call(self, node: Node) -> tuple[str, list[str]]:
         """A node as (what is called, its arguments); no arguments given back means a whole expression."""
         arguments = [self.value(a) for a in node.args]
-        keywords = {key: self.value(a) for key, a in node.kwargs.items() if not (node.kind == "op" and a is None)}
+        optional = node.kind == "op" and not node.target.endswith(".generator")  # randn's has no default
+        keywords = {key: self.value(a) for key, a in node.kwargs.items() if not (optional and a is None)}
         named = [keyword_argument(key, text) for key, text in keywords.items()]
         if node.kind == "call":
             return attribute(node.target), arguments + named
@@ -111,9 +112,11 @@ class Renderer:
             return f"{arguments[0]} {BINARY[short]} {arguments[1]}", []
         if short == "slice.Tensor" and not named and (brackets := slice_text(node.args)):
             return f"{arguments[0]}[{brackets}]", []
-        if short in SPREAD and len(node.args) == 2 and isinstance(node.args[1], list) and node.args[1]:
+        is_method = short in METHODS and node.args and isinstance(node.args[0], Ref)
+        is_method = is_method and not (short == "to.dtype" and len(node.args) > 4)  # its memory_format is no position
+        if is_method and short in SPREAD and len(node.args) == 2 and isinstance(node.args[1], list) and node.args[1]:
             arguments[1:] = map(self.value, node.args[1])
-        if short in METHODS and node.args and isinstance(node.args[0], Ref):
+        if is_method:
             return f"{arguments[0]}.{short.split('.')[0]}", [*arguments[1:], *named, ""]
         if short == "embedding.default" and len(arguments) == 2:
             self.modules.add("F")
@@ -126,9 +129,6 @@ class Renderer:
             arguments = arguments[:5] if short == "layer_norm.default" else arguments  # F's has no cudnn_enable
             self.modules.add(FUNCTIONS[short].split(".")[0])
             return FUNCTIONS[short], arguments + named
-        if not node.target.startswith("aten."):
-            self.modules.add("torch")
-            return f"torch.ops.{node.target}", arguments + named
         if not node.target.startswith("aten."):
             self.modules.add("torch")
             return f"torch.ops.{node.target}", arguments + named

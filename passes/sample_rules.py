@@ -122,8 +122,8 @@ def _state(node: Node, value: Value, shape: tuple[int, ...], given: Given, count
     if "coupled" in kinds:
         return COUPLED
     name = node.target.split(".")[1] if node.target.count(".") > 1 else node.target
-    if not kinds & {"samples", "total"}:
-        return FREE
+    if not kinds & {"samples", "total"} or name.startswith("new_") or name.endswith("_like"):
+        return FREE  # also what takes no more than a shape from samples
     if "samples" not in kinds:
         return _of_totals(name, tensors)
     rule = RULES.get(name.removesuffix("_") if name not in RULES else name)

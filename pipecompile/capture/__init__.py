@@ -22,11 +22,13 @@ from torch.utils import _pytree as pytree
 
 from pipecompile.capture.blocks import Blocks, NeedsFullTrace
 from pipecompile.capture.checkpoints import straight_through
-from pipecompile.capture.eager import Observation, observe, untouched
+from pipecompile.capture.decisions import decisions
+from pipecompile.capture.eager import Observation, observe
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.reader import Reader, dtype_name, input_path
 from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.shadow import Shadows
+from pipecompile.capture.state import untouched
 from pipecompile.capture.step import Loss, Step, default_loss
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.errors import CaptureError, PipecompileError
@@ -49,10 +51,23 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     hidden = _matching(model, opaque) | _recurrent(model)
     notes = _disable_cache(model) + _coupled(model, hidden)
     seen = _observe(step, model, _copy(batch))
+    notes += seen.notes
+    while True:
+        graph = _traced(step, model, batch, seen, hidden, notes)
+        found = decisions(graph, seen.questions.places)
+        if found.whole <= hidden:
+            return graph
+        hidden |= found.whole
+        notes += found.notes
+
+
+def _traced(
+    step: Step, model: nn.Module, batch: Any, seen: Observation, opaque: frozenset[str], notes: list[str]
+) -> Graph:
     try:
-        return _trace(step, model, batch, seen, hidden, notes, repeats=True)
+        return _trace(step, model, batch, seen, opaque, notes, repeats=True)
     except NeedsFullTrace:
-        return _trace(step, model, batch, seen, hidden, notes, repeats=False)
+        return _trace(step, model, batch, seen, opaque, notes, repeats=False)
 
 
 def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
@@ -140,10 +155,11 @@ def _export(step: Step, model: nn.Module, batch: Any, recorder: Recorder) -> Exp
         call = recorder.innermost
         name = call.fqn if call and call.fqn else "the loss function"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = f", or pass opaque=[{call.fqn!r}] to leave that module whole" if call and call.fqn else ""
+        opaque = f"pass opaque=[{call.fqn!r}] to leave that module whole" if call and call.fqn else ""
+        move = "move that line into a module of its own and name that in opaque=[...], to leave it whole"
         raise CaptureError(
             f"{name} cannot be traced{_where(error)}: {first_line}; keep control flow independent of tensor values "
-            f"there, rewrite that line with torch.where{remedy}"
+            f"there, rewrite that line with torch.where, or {opaque or move}"
         ) from error
 
 
@@ -168,7 +184,7 @@ def _read(
     program: ExportedProgram, model: nn.Module, batch: Any, recorder: Recorder, seen: Observation, notes: list[str]
 ) -> Graph:
     attributes = _attributes(model)
-    reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers))
+    reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers), seen.random)
     arguments, inputs, constants = _arguments(program, batch, attributes)
     outputs = reader.read(program.graph_module, arguments)
     check_templates(reader)

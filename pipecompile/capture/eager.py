@@ -18,7 +18,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture.checkpoints import straight_through
+from pipecompile.capture.draws import Draws, refuse_foreign_draws
 from pipecompile.capture.questions import Questions
+from pipecompile.capture.state import plain_attributes, reassigned, untouched
 from pipecompile.capture.structure import Tensor, Unrenderable, rebuild, tensors
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
 
@@ -27,13 +29,16 @@ from pipecompile.capture.tracepoints import Recorder, Tracepoint
 class Observation:
     """The calls that eager mode made, by key, why some must stay whole, and the buffers whose contents changed.
 
-    ``questions`` have the answers that the model's code got when it asked for a tensor's truth.
+    ``questions`` have the answers that the model's code got when it asked for a tensor's value; ``random`` are the keys
+    of the calls that drew random numbers themselves; ``notes`` are for the user.
     """
 
     calls: dict[str, Tracepoint]
     keep_whole: dict[str, str]
     changed_buffers: tuple[str, ...]
     questions: Questions = field(default_factory=Questions)
+    random: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 def skeleton(whole: Any) -> Any:
@@ -47,23 +52,6 @@ def skeleton(whole: Any) -> Any:
 def outline(whole: Any) -> Any:
     """The result with a mark in place of each tensor, its containers as they are."""
     return pytree.tree_map(lambda leaf: Tensor.of(leaf) if isinstance(leaf, torch.Tensor) else leaf, whole)
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers and the random state are afterwards as they were before."""
-    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield
-    with torch.no_grad():
-        for name, buffer in saved.items():
-            owner, _, last = name.rpartition(".")
-            current = model.get_buffer(name)
-            if current.shape == buffer.shape and current.dtype == buffer.dtype:
-                current.copy_(buffer)
-            else:
-                setattr(model.get_submodule(owner), last, buffer)
 
 
 def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
@@ -90,9 +78,17 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
             reasons.setdefault(f"{fqns[owner]}@{recorder.counts[fqns[owner]]}", reason)
 
     recorder.on_exit = look
+    draws = Draws()
     checkpoints = straight_through(recorder, note_checkpoint)
-    with untouched(model), _watch_tensor_hooks(note), checkpoints, recorder.around(model):
+    with (
+        untouched(model),
+        _watch_tensor_hooks(note),
+        checkpoints,
+        recorder.around(model),
+        draws.watched(recorder),
+    ):
         before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+        attributes = plain_attributes(model)
         with questions.answered(recorder, tracing=False):
             step(batch)
         changed, replaced = [], []
@@ -101,12 +97,55 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
                 changed.append(name)
             if model.get_buffer(name) is not buffer:
                 replaced.append(name)
-    for name in replaced:
-        owner = name.rpartition(".")[0]
-        for call in recorder.calls:
-            if call.fqn == owner:
-                reasons.setdefault(call.key, f"it replaces its buffer {name} instead of changing it in place")
-    return Observation({call.key: call for call in recorder.calls}, reasons, tuple(changed + replaced), questions)
+        renamed = reassigned(model, attributes)
+    owners = {
+        name.rpartition(".")[0]: f"replaces its buffer {name} instead of changing it in place" for name in replaced
+    }
+    owners |= {fqn: f"gives its attribute {name!r} another value" for fqn, name in renamed.items()}
+    notes = []
+    if "" in renamed and not _matters(step, model, batch):
+        notes.append(_harmless(renamed[""]))
+        del owners[""]
+    for call in recorder.calls:
+        if call.fqn in owners:
+            reasons.setdefault(call.key, f"it {owners[call.fqn]}")
+    refuse_foreign_draws(step, model, batch, draws)
+    return Observation(
+        {call.key: call for call in recorder.calls},
+        reasons,
+        tuple(changed + replaced),
+        questions,
+        frozenset(draws.torch),
+        tuple(notes),
+    )
+
+
+def _matters(step: nn.Module, model: nn.Module, batch: Any) -> bool:
+    """Whether two steps in a row, from the same buffers and random numbers, give different losses."""
+    losses = []
+    attributes = plain_attributes(model)
+    modules = dict(model.named_modules())
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                after = plain_attributes(model)
+                with untouched(model):
+                    loss, _ = step(batch)
+                    after = plain_attributes(model)
+                for (fqn, name), value in after.items():
+                    setattr(modules[fqn], name, value)
+                losses.append(loss)
+    finally:
+        for (fqn, name), value in attributes.items():
+            setattr(modules[fqn], name, value)
+    return not losses[0].is_meta and not torch.equal(*losses)
+
+
+def _harmless(name: str) -> str:
+    return (
+        f"the model's forward gives its attribute {name!r} another value, which did not change the next loss; stages do not "
+        "run that line: keep what the loss depends on in a buffer, changed in place"
+    )
 
 
 @contextmanager

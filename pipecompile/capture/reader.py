@@ -49,6 +49,7 @@ class Reader:
     eager: Mapping[str, Tracepoint]
     attributes: Mapping[str, AttributeInfo]
     changed_buffers: frozenset[str]
+    drawing: frozenset[str] = frozenset()
     nodes: list[Node] = field(default_factory=list)
     calls: dict[int, Call] = field(default_factory=dict)
     values: dict[str, Spec] = field(default_factory=dict)
@@ -108,7 +109,12 @@ class Reader:
         if self.recorder.calls[index].template >= 0:
             return repeat(self, index, args[0], self._around(context, call=False))
         self.whole[index] = "it is opaque"
-        return self._append(node, [args[0]], {}, context)
+        result = self._append(node, [args[0]], {}, context)
+        fqn = self.recorder.calls[index].fqn
+        inside = (key.rpartition("@")[0] for key in self.drawing)
+        draws = any(f"{name}.".startswith(f"{fqn}.") for name in inside)
+        self.nodes[-1] = replace(self.nodes[-1], random=draws)
+        return result
 
     def _region(self, node: fx.Node, args: list[Any], context: tuple[str, ...]) -> Any:
         name = str(getattr(node.target, "__name__", node.target))

@@ -55,7 +55,8 @@ class Recorder:
     """Records the calls of a model's modules; ``keep`` and ``keep_result`` turn what they are given
     and what they return into what is remembered.
 
-    With ``mark``, it also leaves markers in the graph that is being traced.
+    With ``mark``, it also leaves markers in the graph that is being traced. ``look`` is called whenever a call begins or
+    ends, with the key of the one that ran until then.
     """
 
     mark: bool
@@ -66,6 +67,7 @@ class Recorder:
     stack: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     on_exit: Callable[[Tracepoint, Any], None] | None = None
+    look: Callable[[str], None] | None = None
     regions: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -128,6 +130,8 @@ class Recorder:
             key = f"{fqn}@{self.counts[fqn]}"
             self.counts[fqn] += 1
             parent = self.stack[-1] if self.stack else -1
+            if self.look:
+                self.look(self.calls[parent].key if self.stack else "")
             self.calls.append(Tracepoint(key, fqn, parent, self.keep(args), self.keep(kwargs)))
             self.stack.append(len(self.calls) - 1)
             self._event((args, kwargs), entering=True)
@@ -138,6 +142,8 @@ class Recorder:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             call = self.calls[self.stack[-1]]
             call.result, call.end = self.keep_result(result), len(self.calls)
+            if self.look:
+                self.look(call.key)
             if self.on_exit:
                 self.on_exit(call, result)
             self._event(result, entering=False)

@@ -1,0 +1,51 @@
+"""A model's own state besides its parameters: buffers, plain attributes, random numbers. Kept, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+PLAIN = (type(None), bool, int, float, str)
+Attributes = dict[tuple[str, str], object]
+
+
+def plain_attributes(model: nn.Module) -> Attributes:
+    """The numbers, truth values and texts that modules hold, by (FQN, name)."""
+    return {
+        (fqn, name): value
+        for fqn, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, PLAIN) and name != "training"
+    }
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Buffers, plain attributes and the random state are afterwards as they were before."""
+    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    attributes = plain_attributes(model)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield
+    with torch.no_grad():
+        for name, buffer in saved.items():
+            owner, _, last = name.rpartition(".")
+            current = model.get_buffer(name)
+            if current.shape == buffer.shape and current.dtype == buffer.dtype:
+                current.copy_(buffer)
+            else:
+                setattr(model.get_submodule(owner), last, buffer)
+    modules = dict(model.named_modules())
+    for (fqn, name), value in attributes.items():
+        if vars(modules[fqn]).get(name, value) is not value:
+            setattr(modules[fqn], name, value)
+
+
+def reassigned(model: nn.Module, before: Attributes) -> dict[str, str]:
+    """An attribute that has got another value, by the FQN of its module."""
+    return {
+        fqn: name for (fqn, name), value in plain_attributes(model).items() if before.get((fqn, name), value) != value
+    }
