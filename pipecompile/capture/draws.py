@@ -52,19 +52,12 @@ def refuse_foreign_draws(step: nn.Module, model: nn.Module, batch: Any, draws: D
     if not draws.foreign or any(parameter.is_meta for parameter in model.parameters()):
         return
     losses = set()
-    states = random.getstate(), sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-    try:
-        with torch.no_grad():
-            for seed in range(TRIES):
-                random.seed(seed)
-                if "numpy" in sys.modules:
-                    sys.modules["numpy"].random.seed(seed)
-                with untouched(model):
-                    losses.add(float(step(batch)[0]))
-    finally:
-        random.setstate(states[0])
-        if states[1] is not None:
-            sys.modules["numpy"].random.set_state(states[1])
+    for seed in range(TRIES):
+        with torch.no_grad(), untouched(model):
+            random.seed(seed)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(seed)
+            losses.add(float(step(batch)[0]))
     if len(losses) > 1:
         names = sorted(key.rpartition("@")[0] or "the model's own forward" for key in draws.foreign)
         raise CaptureError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,9 +29,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Buffers, plain attributes and the random state are afterwards as they were before."""
     saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     attributes = plain_attributes(model)
+    foreign = random.getstate(), sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         yield
+    random.setstate(foreign[0])
+    if foreign[1] is not None:
+        sys.modules["numpy"].random.set_state(foreign[1])
     with torch.no_grad():
         for name, buffer in saved.items():
             owner, _, last = name.rpartition(".")
