@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipecompile.capture import Loss, untouched
 from pipecompile.compare import differences, gradients, gradients_aside, worst
 from pipecompile.compiled import Compiled, Options
-from pipecompile.compiler import compile_model
+from pipecompile.compiler import Weigh, compile_model
 from pipecompile.cost import NodeCost, estimate, measure, read_costs
 from pipecompile.errors import VerificationError
 from pipecompile.ir import Graph
@@ -22,6 +22,7 @@ from pipecompile.machine import Machine, find_machine, parse_bytes
 from pipecompile.pipe import Pipe, build_files, read_files
 from pipecompile.runtime import from_first_rank, split
 from pipecompile.simulate import Link
+from pipecompile.weighing import weigh
 
 __all__ = ["Pipe", "compile", "load", "pipeline"]
 
@@ -67,7 +68,7 @@ def compile(
     def files() -> str:
         microbatch = split(batch, microbatches)[0]
         price = _price(costs, model, microbatch, device, progress)
-        compiled = compile_model(model, microbatch, loss, price, options)
+        compiled = compile_model(model, microbatch, loss, price, options, _weigh(costs, model, microbatch))
         note = _check(compiled, model, microbatch, loss) if check else "not checked against the unsplit model"
         plan = compiled.plan(source or {}, note)
         return json.dumps(build_files(plan, compiled.program, compiled.sources))
@@ -83,6 +84,14 @@ def _price(
     if costs == "estimate":
         return lambda graph: estimate(graph, machine)
     return lambda graph: read_costs(costs, graph)
+
+
+def _weigh(costs: str | Path, model: nn.Module, microbatch: Any) -> Weigh | None:
+    if costs != "measure":
+        return None
+    return lambda parts, plans, sources: weigh(
+        model, microbatch, parts.partition, plans, sources, parts.graph.loss, parts.graph.weight
+    )
 
 
 def _check(compiled: Compiled, model: nn.Module, microbatch: Any, loss: Loss | None) -> str:

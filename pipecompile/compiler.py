@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,22 +11,26 @@ from torch import nn
 from pipecompile.capture import Loss, capture
 from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import NodeCost
-from pipecompile.cutting import Cutter, with_shorter_step
-from pipecompile.ir import Graph, Shape
+from pipecompile.cutting import Cutter, less_memory, with_shorter_step
+from pipecompile.ir import Graph, Partition, Shape, StagePlan
 from pipecompile.passes.assemble import assemble
 from pipecompile.passes.codegen import codegen
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.notes import with_notes
-from pipecompile.passes.opening import split
+from pipecompile.passes.opening import Split, split
 from pipecompile.passes.schedules import check_shape
 from pipecompile.passes.verify import verify
 from pipecompile.simulate import simulate
 
 Price = Callable[[Graph], Mapping[str, NodeCost]]
+Weigh = Callable[[Split, Sequence[StagePlan], Sequence[str]], Partition]
 
 
-def compile_model(model: nn.Module, microbatch: Any, loss: Loss | None, price: Price, options: Options) -> Compiled:
-    """Compile the step ``loss(model, microbatch)``. ``price`` gives the cost of each node of a lifted graph.
+def compile_model(
+    model: nn.Module, microbatch: Any, loss: Loss | None, price: Price, options: Options, weigh: Weigh | None = None
+) -> Compiled:
+    """Compile the step ``loss(model, microbatch)``. ``price`` gives the cost of each node of a lifted graph, ``weigh``
+    adds what the finished stages take as a whole.
 
     Every error of the passes comes through as it is.
     """
@@ -33,14 +38,18 @@ def compile_model(model: nn.Module, microbatch: Any, loss: Loss | None, price: P
     check_shape(options.schedule, shape)  # what is impossible is refused before the model is traced
     graph = with_notes(capture(model, microbatch, loss, options.opaque))
 
-    cutter = Cutter(options, shape)
-    parts = split(graph, options.stages, price, cutter, type(model).__name__)
-    parts = with_shorter_step(parts, cutter)
-    bodies = assemble(parts.graph, parts.stage_of, options.stages)
-    sources = codegen(parts.graph, bodies, parts.partition.costs)
+    def within(memory: int | None) -> Compiled:
+        cutter = Cutter(replace(options, memory=memory), shape)
+        parts = split(graph, options.stages, price, cutter, type(model).__name__)
+        parts = with_shorter_step(parts, cutter)
+        bodies = assemble(parts.graph, parts.stage_of, options.stages)
+        sources = codegen(parts.graph, bodies, parts.partition.costs)
+        if weigh is not None:
+            parts = replace(parts, partition=weigh(parts, [body.plan for body in bodies], sources))
 
-    limits = (options.memory,) * options.ranks if options.memory else None
-    program = communicate(cutter.timetable(parts.partition), parts.partition)
-    program = verify(program, parts.partition, limits, options.optimizer_factor)
-    forecast = simulate(program, parts.partition, options.link, options.optimizer_factor)
-    return Compiled(options, parts, bodies, sources, program, forecast)
+        program = communicate(cutter.timetable(parts.partition), parts.partition)
+        program = verify(program, parts.partition)
+        forecast = simulate(program, parts.partition, options.link, options.optimizer_factor)
+        return Compiled(options, parts, bodies, sources, program, forecast)
+
+    return less_memory(within, options.memory)

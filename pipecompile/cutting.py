@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from pipecompile.compiled import Options
+from pipecompile.compiled import Compiled, Options
 from pipecompile.errors import MemoryLimitError, ProgramError
 from pipecompile.ir import CostGraph, Partition, Shape, Timetable
 from pipecompile.memory import Demand, demands, in_flight, least_rows, peak_bytes
@@ -135,6 +136,29 @@ class Cutter:
             peak=lambda found: self.peak(found, self.smallest(found)),
             state_factor=2 + self.options.optimizer_factor,
         )
+
+
+def less_memory(within: Callable[[int | None], Compiled], memory: int | None) -> Compiled:
+    """What ``within`` gives for the memory of a rank, or for less where the stages, once run, need more than was counted.
+
+    MemoryLimitError if they need too much all the same.
+    """
+    first = found = within(memory)
+    for share in BUDGETS[1:]:
+        if memory is None or max(found.forecast.peak_bytes) <= memory:
+            return found
+        try:
+            found = within(int(share * memory))
+        except MemoryLimitError:
+            break
+    assert memory is not None
+    needed = max(first.forecast.peak_bytes)
+    raise MemoryLimitError(
+        f"rank {first.forecast.peak_bytes.index(needed)} needs {needed} bytes, {needed - memory} more than its {memory}, "
+        "as was seen when its stages ran; give more memory, use more stages, smaller microbatches, or a schedule with "
+        "fewer activations in flight",
+        needed,
+    )
 
 
 def _too_little(stages: int, memory: int, needed: float, bound: float | None) -> str:

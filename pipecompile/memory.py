@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipecompile.footprint import Footprint, weighed
 from pipecompile.ir import Instruction, Partition, Program, Routes, Timetable
 
 Column = tuple[str, int, int]
@@ -108,7 +109,9 @@ def _taken(one: Instruction, to: Mapping[int, Sequence[int]]) -> list[Column]:
 def memory_over_time(
     program: Program, partition: Partition, optimizer_factor: float = ADAM
 ) -> tuple[tuple[int, ...], ...]:
-    """Bytes held while each instruction of each row runs."""
+    """The most bytes held while each instruction of each row runs."""
+    if weighed(partition):
+        return Footprint(program, partition, optimizer_factor).lines()
     routes = Routes.of(partition).routes
     size: dict[Column, int] = {("saved", s, s): cost.saved_bytes for s, cost in enumerate(partition.costs)}
     for r in routes:
@@ -123,7 +126,9 @@ def memory_over_time(
 
 
 def peak_bytes(program: Program, partition: Partition, optimizer_factor: float = ADAM) -> tuple[int, ...]:
-    """The most that each rank holds at any instruction."""
+    """The most that each rank ever holds."""
+    if weighed(partition):
+        return Footprint(program, partition, optimizer_factor).peaks()
     standing = standing_bytes(program, partition, optimizer_factor)
     lines = memory_over_time(program, partition, optimizer_factor)
     return tuple(max((size, *line)) for size, line in zip(standing, lines))

@@ -22,7 +22,16 @@ from pipecompile.ir import Forecast, Program
 from pipecompile.model_file import ModelFile, read_model_file
 from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
-from pipecompile.runtime import LocalRuntime, RankRuntime, Stage, begin_microbatch, own_streams, split, watch
+from pipecompile.runtime import (
+    LocalRuntime,
+    RankRuntime,
+    Stage,
+    begin_microbatch,
+    make_stage,
+    own_streams,
+    split,
+    watch,
+)
 from pipecompile.saving import Share, load_weights, save_weights
 from pipecompile.training import bound_to_mode, clip_gradients, forward_only
 from pipecompile.weights.checkpoint import open_checkpoint
@@ -77,11 +86,7 @@ class Pipe:
         self._runtimes: dict[bool, LocalRuntime | RankRuntime] = {}
 
     def _make(self, index: int, model: nn.Module) -> Stage:
-        name = f"stages/stage_{index}.py"
-        scope: dict[str, Any] = {"__name__": f"pipecompile_stage_{index}"}
-        exec(compile(self.source(index), name, "exec"), scope)
-        stage: Stage = scope[f"Stage{index}"](model, self.plan.stages[index])
-        return stage
+        return make_stage(self.source(index), model, self.plan.stages[index])
 
     @property
     def forecast(self) -> Forecast:

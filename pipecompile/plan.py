@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipecompile.errors import BuildError
-from pipecompile.ir import Forecast, Partition, Path, Port, Shared, Spec, StageCost, StagePlan, Transfer, Value
+from pipecompile.ir import Forecast, Partition, Path, Port, Shared, Spec, StageCost, StagePlan, Transfer, Use, Value
 from pipecompile.machine import format_bytes
 
 PLAN_VERSION = 1
@@ -102,7 +102,7 @@ class Plan:
                 **fields,
                 inputs=tuple(_value(value) for value in whole["inputs"]),
                 stages=tuple(_stage(stage) for stage in whole["stages"]),
-                costs=tuple(StageCost(**cost) for cost in whole["costs"]),
+                costs=tuple(_cost(cost) for cost in whole["costs"]),
                 holds=tuple(tuple(names) for names in whole["holds"]),
                 transfers=tuple(Transfer(**transfer) for transfer in whole["transfers"]),
                 forecast=Forecast(forecast["step_ms"], tuple(forecast["busy_ms"]), tuple(forecast["peak_bytes"])),
@@ -149,6 +149,10 @@ def _spec(whole: Mapping[str, Any]) -> Spec:
 
 def _value(whole: Mapping[str, Any]) -> Value:
     return Value(whole["name"], _spec(whole["spec"]), _path(whole["path"]), whole["storage"])
+
+
+def _cost(whole: Mapping[str, Any]) -> StageCost:
+    return StageCost(**{**whole, "uses": tuple(Use(**use) for use in whole["uses"])})
 
 
 def _port(whole: Mapping[str, Any]) -> Port:

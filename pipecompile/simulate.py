@@ -37,6 +37,9 @@ class Link:
 def cost_ms(instruction: Instruction, costs: Sequence[StageCost]) -> float:
     """Milliseconds of a compute instruction; the whole backward is its input half and its weight half together."""
     cost = costs[instruction.stage]
+    seen = [use.ms for use in cost.uses if use.op == instruction.op and use.first == (instruction.microbatch == 0)]
+    if seen:
+        return seen[0]
     return {
         "FORWARD": cost.forward_ms,
         "BACKWARD": cost.backward_ms,

@@ -11,7 +11,18 @@ Units: times in milliseconds, sizes in bytes. ``str(value)`` is the text that go
 """
 
 from pipecompile.ir.graph import Attribute, AttributeInfo, Call, Graph, Node, Path, Ref, Spec, Value
-from pipecompile.ir.partition import CostGraph, CostNode, CostTensor, Parameter, Partition, Shared, StageCost, Transfer
+from pipecompile.ir.partition import (
+    AFTER_HALF,
+    CostGraph,
+    CostNode,
+    CostTensor,
+    Parameter,
+    Partition,
+    Shared,
+    StageCost,
+    Transfer,
+    Use,
+)
 from pipecompile.ir.program import (
     COMPUTE,
     OPS,
@@ -31,6 +42,7 @@ from pipecompile.ir.program import (
 from pipecompile.ir.routes import Route, Routes
 
 __all__ = [
+    "AFTER_HALF",
     "COMPUTE",
     "OPS",
     "PROGRAM_VERSION",
@@ -63,5 +75,6 @@ __all__ = [
     "StagePlan",
     "Timetable",
     "Transfer",
+    "Use",
     "Value",
 ]

@@ -95,9 +95,35 @@ class Transfer:
     gradient_bytes: int = 0
 
 
+AFTER_HALF = "SEND_B_HALF"
+"""A SEND_B after the input half of a backward: what the weight half needs of the gradient stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What an instruction of a stage was seen to take when the runtime ran it (pipecompile/weighing.py).
+
+    ``first``: the stage's first microbatch, which makes the gradients that later ones are added to. ``ms`` is its time;
+    ``after`` and ``peak`` are bytes over what was held before it, afterwards and at most meanwhile. ``peer`` is the stage
+    at the other end of a SEND, after which the message is no longer held. The op "HOLD" is what a stage always holds
+    (``peak``: and what the optimizer takes meanwhile), "BATCH" a microbatch,
+    "AHEAD" the most that a channel posts ahead.
+    """
+
+    op: str
+    after: int
+    peak: int = 0
+    ms: float = 0.0
+    first: bool = False
+    peer: int = -1
+
+
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What a stage costs for each microbatch (times, saved activations) and once (parameters)."""
+    """What a stage costs for each microbatch (times, saved activations) and once (parameters).
+
+    The times are sums over its nodes. ``uses`` are what its instructions take as a whole; empty if it was never run.
+    """
 
     forward_ms: float
     backward_ms: float
@@ -105,6 +131,7 @@ class StageCost:
     parameter_bytes: int = 0
     trainable_bytes: int = 0
     saved_bytes: int = 0
+    uses: tuple[Use, ...] = ()
 
     @property
     def total_ms(self) -> float:

@@ -7,16 +7,20 @@ from pipecompile.runtime.local import LocalRuntime
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.random import begin_microbatch, own_streams, reseed, watch
 from pipecompile.runtime.rank import RankRuntime
-from pipecompile.runtime.stage import Stage
+from pipecompile.runtime.stage import Stage, make_stage
+from pipecompile.runtime.transport import Mailboxes, Transport
 
 __all__ = [
     "LocalRuntime",
+    "Mailboxes",
     "RankRuntime",
     "Stage",
+    "Transport",
     "begin_microbatch",
     "connect",
     "device_of",
     "from_first_rank",
+    "make_stage",
     "own_streams",
     "reseed",
     "split",

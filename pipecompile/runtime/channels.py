@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipecompile.ir import RECEIVES, Program, Spec
-from pipecompile.runtime.lifetimes import Arrivals, arrivals, most_on_the_way
+from pipecompile.ir.lifetimes import Arrivals, Channel, arrivals, most_on_the_way
 from pipecompile.runtime.links import GroupReceiver, GroupSender, Receiver, Sender, Specs
-from pipecompile.runtime.messages import Channel, Message, Plans, channels, message_of
+from pipecompile.runtime.messages import Message, Plans, channels, message_of
 from pipecompile.runtime.shared_memory import SharedReceiver, SharedSender, host, meet
 from pipecompile.runtime.transport import Value
 
@@ -62,13 +62,13 @@ class Channels:
         found = {
             channel: [message.specs for message in messages] for channel, messages in channels(program, plans).items()
         }
-        over = arrivals(program, plans)
+        over = arrivals(program)
         self._senders: dict[Channel, Sender] = {}
         self._receivers: dict[Channel, Receiver] = {}
         hosts = _hosts(program.shape.ranks, rank, device, meeting)
         self._tells = _tellings(told, program.shape.ranks) if len(set(hosts)) == 1 and hosts[0] else {}
         self._rank = rank
-        slots = most_on_the_way(program, plans, over) | dict.fromkeys(self._tells, 1)
+        slots = most_on_the_way(program, over) | dict.fromkeys(self._tells, 1)
         found |= self._tells
         near = [c for c in found if hosts[c[0]] and hosts[c[0]] == hosts[c[1]]]
         self._share({c: found[c] for c in near}, slots, rank, hosts, meeting)

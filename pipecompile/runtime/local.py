@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipecompile.ir import Program, StagePlan
-from pipecompile.runtime.executor import Executor, fault
+from pipecompile.runtime.executor import Executor, Step, fault
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.messages import by_index, interleave
 from pipecompile.runtime.microbatches import split
-from pipecompile.runtime.transport import Mailboxes
+from pipecompile.runtime.transport import Mailboxes, Transport
 from pipecompile.runtime.wiring import Reduce, wire
 
 
 class LocalRuntime:
-    """``step`` trains ``stages`` (by index) on a batch; ``loss`` and ``weight`` name the outputs that make its value."""
+    """``step`` trains ``stages`` (by index) on a batch; ``loss`` and ``weight`` name the outputs that make its value.
+
+    ``mail`` carries the messages between ranks, by hand-over unless given.
+    """
 
     def __init__(
         self,
@@ -27,11 +31,12 @@ class LocalRuntime:
         *,
         loss: str,
         weight: str = "",
+        mail: Transport | None = None,
     ) -> None:
         found = by_index(plans, program)
         self._microbatches = program.shape.microbatches
         self._weighted = bool(weight)
-        self._mail = Mailboxes()
+        self._mail = mail or Mailboxes()
         self._ranks = [
             Executor(
                 wire(program, rank, stages, found, loss, weight), self._mail, _nothing, self._microbatches, not weight
@@ -55,7 +60,12 @@ class LocalRuntime:
         The loss is the mean over the microbatches, or sum(loss) / sum(weight) with a weight. RuntimeFault names the
         instruction that failed, BatchError what does not fit in the batch.
         """
-        microbatches = split(batch, self._microbatches)
+        return self.run(split(batch, self._microbatches))
+
+    def run(
+        self, microbatches: Sequence[Any], around: Callable[[Step], AbstractContextManager[None]] | None = None
+    ) -> Tensor:
+        """``step`` for a batch in pieces; each instruction runs within ``around`` of it."""
         for executor in self._ranks:
             executor.begin(microbatches)
         self._mail.begin()
@@ -63,7 +73,11 @@ class LocalRuntime:
         step = self._steps[0]
         try:
             for step in self._steps:
-                step.handler(step.operand)
+                if around is None:
+                    step.handler(step.operand)
+                else:
+                    with around(step):
+                        step.handler(step.operand)
         except Exception as error:
             self._apart.abandon()
             raise fault(step, error) from error

@@ -6,14 +6,13 @@ each other. On a channel messages arrive in the order in which they were sent.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pipecompile.errors import ProgramError
-from pipecompile.ir import RECEIVES, SENDS, Instruction, Program, Spec, StagePlan
+from pipecompile.ir import RECEIVES, SENDS, Instruction, Program, Spec, StagePlan, lifetimes
+from pipecompile.ir.lifetimes import Channel, channel_of
 
-Channel = tuple[int, int, str]
 Plans = Mapping[int, StagePlan]
 
 
@@ -55,8 +54,14 @@ def message_of(one: Instruction, plans: Plans, placement: tuple[int, ...]) -> Me
                 f"{one} carries {value!r}, but stage {producer} makes {', '.join(made) or 'nothing'}; "
                 "compile the program and the stages together"
             )
-    channel = (placement[source], placement[target], kind)
-    return Message(channel, source, target, one.microbatch, one.values, tuple(made[value] for value in one.values))
+    return Message(
+        channel_of(one, placement),
+        source,
+        target,
+        one.microbatch,
+        one.values,
+        tuple(made[value] for value in one.values),
+    )
 
 
 def channels(program: Program, plans: Plans) -> dict[Channel, tuple[Message, ...]]:
@@ -83,31 +88,6 @@ def channels(program: Program, plans: Plans) -> dict[Channel, tuple[Message, ...
 
 
 def interleave(program: Program, plans: Plans) -> list[tuple[int, int]]:
-    """All instructions as (rank, position) in an order in which nothing is received before it is sent.
-
-    Ranks take turns, each going on until it would wait. ProgramError if all wait for each other.
-    """
-    placement = program.shape.placement
-    position = [0] * len(program.rows)
-    mail: dict[Channel, deque[None]] = {channel: deque() for channel in channels(program, plans)}
-    order: list[tuple[int, int]] = []
-    moved = True
-    while moved:
-        moved = False
-        for rank, row in enumerate(program.rows):
-            while position[rank] < len(row):
-                one = row[position[rank]]
-                if one.op in SENDS:
-                    mail[message_of(one, plans, placement).channel].append(None)
-                elif one.op in RECEIVES:
-                    waiting = mail[message_of(one, plans, placement).channel]
-                    if not waiting:
-                        break
-                    waiting.popleft()
-                order.append((rank, position[rank]))
-                position[rank] += 1
-                moved = True
-    stuck = [f"rank {r} at {row[position[r]]}" for r, row in enumerate(program.rows) if position[r] < len(row)]
-    if stuck:
-        raise ProgramError(f"the ranks wait for each other: {', '.join(stuck)}; receives must follow their sends")
-    return order
+    """``lifetimes.interleave`` of a program whose messages were checked."""
+    channels(program, plans)
+    return lifetimes.interleave(program)

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Spec
+from pipecompile.ir.lifetimes import Channel
 from pipecompile.runtime.links import Specs, broken, late
-from pipecompile.runtime.messages import Channel
 from pipecompile.runtime.transport import Value
 
 ALIGNMENT = 64

@@ -22,6 +22,14 @@ from pipecompile.errors import BuildError
 from pipecompile.ir import StagePlan
 
 
+def make_stage(source: str, model: nn.Module, plan: StagePlan) -> Stage:
+    """The stage that generated ``source`` defines, made of ``model``'s modules."""
+    scope: dict[str, Any] = {"__name__": f"pipecompile_stage_{plan.index}"}
+    exec(compile(source, f"stages/stage_{plan.index}.py", "exec"), scope)
+    stage: Stage = scope[f"Stage{plan.index}"](model, plan)
+    return stage
+
+
 class Container(nn.Module):
     """Stands where the model has a module of which a stage takes only parts: ``container.name``, ``container[3]``.
 

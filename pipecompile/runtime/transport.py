@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipecompile.runtime.messages import Channel, Message
+from pipecompile.ir.lifetimes import Channel
+from pipecompile.runtime.messages import Message
 
 Value = Tensor | None
 

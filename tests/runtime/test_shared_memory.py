@@ -15,10 +15,10 @@ from torch.distributed import HashStore
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Spec
-from pipecompile.runtime.lifetimes import arrivals, most_on_the_way
+from pipecompile.ir.lifetimes import arrivals, most_on_the_way
 from pipecompile.runtime.links import Specs
 from pipecompile.runtime.shared_memory import SharedReceiver, SharedSender, host, meet
-from tests.runtime.handmade import PLANS, program_of
+from tests.runtime.handmade import program_of
 
 LAST = (Spec((2, 3, 4, 5), "float32", True, order=(0, 2, 3, 1)), Spec((), "int64"))
 MESSAGES: list[Specs] = [
@@ -163,8 +163,7 @@ def test_without_shared_memory_there_is_no_host(monkeypatch: pytest.MonkeyPatch)
 def test_slots_are_as_many_as_messages_on_the_way(schedule: str, most: int) -> None:
     """1F1B hears of the oldest before it sends another; GPipe hears nothing until all forwards are over."""
     program = program_of(schedule, 4, 6)
-    plans = {plan.index: plan for plan in PLANS}
-    found = most_on_the_way(program, plans, arrivals(program, plans))
+    found = most_on_the_way(program, arrivals(program))
     assert found[0, 1, "F"] == most
 
 

@@ -1,0 +1,159 @@
+"""Forecast against measured peak memory of each rank: ``python benchmarks/memory.py [--json] [--only WORD]``.
+
+GPT-2 and Llama under four schedules, four real processes on the CPU. What is measured: the most bytes that a rank's
+tensors hold at any operation of a training step and of AdamW's step after it, each storage once: parameters, buffers,
+gradients, optimizer state, the batch, everything saved, in use, sent or received. Bytes do not depend on the machine's
+load. The script fails if a forecast is below what was measured, or more than 10 % above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import socket
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile.cost.meter import TensorMeter
+from pipecompile.runtime import connect
+
+RANKS, MICROBATCHES, HIGHEST = 4, 8, 1.10
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved-1f1b": 2, "zb-h1": 1}
+"""Stages of each rank."""
+WIDTH, LAYERS, LENGTH, VOCABULARY, ROWS = 128, 8, 64, 512, 2
+
+
+def gpt2(layers: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": WIDTH, "n_layer": layers}
+    return GPT2LMHeadModel(GPT2Config(**sizes, n_head=4, bos_token_id=0, eos_token_id=0))
+
+
+def llama(layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LENGTH,
+    )
+    return LlamaForCausalLM(config)
+
+
+MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def measure(name: str, schedule: str, layers: int = LAYERS, microbatches: int = MICROBATCHES) -> tuple[int, int]:
+    """This rank's forecast and measured peak, in bytes. Needs a process group of ``RANKS`` processes."""
+    torch.manual_seed(0)
+    model = MODELS[name](layers)
+    tokens = torch.randint(VOCABULARY, (ROWS * microbatches, LENGTH))
+    batch = {"input_ids": tokens, "labels": tokens}
+    pipe = pipecompile.compile(
+        model,
+        batch,
+        stages=RANKS * SCHEDULES[schedule],
+        ranks=RANKS,
+        microbatches=microbatches,
+        schedule=schedule,
+        check=False,
+        progress=False,
+    )
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-3)
+    return pipe.forecast.peak_bytes[pipe.rank], peak(pipe, optimizer, batch)
+
+
+def peak(pipe: pipecompile.Pipe, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> int:
+    """The most bytes that this rank's tensors hold during the second step and its optimizer's."""
+    meter = TensorMeter()
+    for stage in pipe.stages.values():
+        meter.add((*stage.parameters(), *stage.buffers()))
+    meter.add(batch.values())
+    pipe.step(batch)
+    optimizer.zero_grad()
+    meter.add(shared_memory(pipe))
+    for _ in range(2):
+        gc.collect()
+        with meter:
+            meter.begin()
+            pipe.step(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    return meter.peak
+
+
+def shared_memory(pipe: pipecompile.Pipe) -> list[Tensor]:
+    """The places that this rank has for messages to ranks of the same host."""
+    senders = pipe._runtime(trains=True)._channels._senders.values()
+    return [view for sender in senders for views in sender._views for view in views if view is not None]
+
+
+def work(rank: int, port: int, chosen: list[tuple[str, str]], layers: int, results: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    torch.set_num_threads(1)
+    connect(timeout_s=120)
+    for name, schedule in chosen:
+        found: list[Any] = [None] * RANKS
+        dist.all_gather_object(found, measure(name, schedule, layers))
+        if rank == 0:
+            results.put(found)
+    dist.barrier()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose 'model schedule' contains one of these")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"layers of each model (default {LAYERS})")
+    options = parser.parse_args()
+    every = [(name, schedule) for name in MODELS for schedule in SCHEDULES]
+    chosen = [case for case in every if any(word in " ".join(case) for word in options.only)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = mp.get_context("fork").SimpleQueue()
+    with tempfile.TemporaryDirectory() as cache:  # costs measured under load are no use to anybody
+        os.environ["XDG_CACHE_HOME"] = cache
+        gpt2(1), llama(1)  # imports what the processes need before they are forked
+
+        arguments = (port, chosen, options.layers, results)
+        started = mp.start_processes(work, arguments, nprocs=RANKS, join=False, start_method="fork")
+        rows = []
+        for name, schedule in chosen:
+            while results.empty():  # a process that fails raises here
+                started.join(timeout=0.1)
+            for rank, (forecast, measured) in enumerate(results.get()):
+                row = {"model": name, "schedule": schedule, "rank": rank, "forecast": forecast, "measured": measured}
+                rows.append(row | {"ratio": forecast / measured})
+                if not options.json:
+                    print(
+                        f"{name:5} {schedule:17} rank {rank}  forecast {forecast / 2**20:7.2f} MiB  "
+                        f"measured {measured / 2**20:7.2f} MiB  ratio {forecast / measured:.3f}",
+                        flush=True,
+                    )
+        started.join()
+    ratios = [row["ratio"] for row in rows]
+    if options.json:
+        print(json.dumps({"rows": rows}))
+    else:
+        print(f"ratios {min(ratios):.3f} to {max(ratios):.3f}; wanted 1 to {HIGHEST}")
+    if not 1 <= min(ratios) <= max(ratios) <= HIGHEST:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Weighs stages: the runtime itself runs two microbatches through them, and what each instruction takes is noted.
+
+A stage costs more time and memory than the sum of its parts says: autograd is entered once for each, gradients are made
+by the first microbatch and added to by later ones, values live as long as a stage's locals and its saved tensors do. So
+every kind of instruction is run as the program will run it, once to count bytes and a few times for the clock.
+
+    rank 0   F0 SEND F1 SEND      RECV B0 (gradients are made)   RECV B1 (added to)
+    rank 1            RECV F0 B0 SEND  RECV F1 B1 SEND            each message a copy, as between processes
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pipecompile.capture import untouched
+from pipecompile.compare import gradients_aside
+from pipecompile.cost.meter import Meter, meter_of
+from pipecompile.ir import AFTER_HALF, COMPUTE, SENDS, Instruction, Partition, Program, Shape, StagePlan, Use
+from pipecompile.passes.communicate import communicate
+from pipecompile.passes.schedules import make_timetable
+from pipecompile.runtime import LocalRuntime, Mailboxes, device_of, make_stage
+
+MICROBATCHES = 2
+FEWEST, BUDGET_S = 3, 0.2
+"""Timed runs: at least 3, then until 0.2 s have passed."""
+AHEAD_BYTES = 1 << 20
+"""Small receives that are posted ahead on a channel between accelerators."""
+Kind = tuple[int, str, bool, int]
+"""What instructions are told apart by: stage, op, whether it is of the stage's first microbatch, peer of a send."""
+
+
+class Copies(Mailboxes):
+    """Every message is a copy, as it is between processes."""
+
+    def send(self, message: Any, values: Sequence[Tensor | None]) -> None:
+        super().send(message, [None if value is None else value.clone() for value in values])
+
+
+@dataclass
+class Scale:
+    """The stages' own gradients, and what was noted of each kind of instruction."""
+
+    stages: Mapping[int, nn.Module]
+    device: torch.device
+    split: bool
+    meter: Meter | None = None
+    times: dict[Kind, list[float]] = field(default_factory=dict)
+    bytes: dict[Kind, tuple[int, int]] = field(default_factory=dict)
+    gradients: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+
+    def name(self, one: Instruction) -> str:
+        return AFTER_HALF if self.split and one.op == "SEND_B" else one.op
+
+    @contextmanager
+    def around(self, step: Any) -> Iterator[None]:
+        one: Instruction = step.instruction
+        kind = (one.stage, self.name(one), one.microbatch == 0, one.peer if one.op in SENDS else -1)
+        mine = list(self.stages[one.stage].parameters()) if one.op in COMPUTE else []
+        for p in mine:  # a tied parameter is another tensor on another rank, with a gradient of its own
+            p.grad = self.gradients.pop((one.stage, id(p)), None)
+        before = self.meter.live if self.meter else 0
+        if self.meter:
+            self.meter.begin()
+        begin = self._now()
+        yield
+        self.times.setdefault(kind, []).append((self._now() - begin) * 1e3)
+        if self.meter:
+            copied = sum(spec.bytes for spec in step.operand.message.specs) if one.op in SENDS else 0
+            self.bytes[kind] = (self.meter.live - before - copied, self.meter.peak - before - copied)
+        for p in mine:
+            self.gradients[one.stage, id(p)], p.grad = p.grad, None
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+
+def weigh(
+    model: nn.Module,
+    microbatch: Any,
+    partition: Partition,
+    plans: Sequence[StagePlan],
+    sources: Sequence[str],
+    loss: str,
+    weight: str,
+) -> Partition:
+    """The partition with the ``uses`` of each stage, as seen on ``microbatch``; the model is left as it was."""
+    stages = {plan.index: make_stage(source, model, plan) for plan, source in zip(plans, sources)}
+    device = device_of(model, microbatch)
+    uses: dict[int, list[Use]] = {s: _standing(stage, microbatch) for s, stage in stages.items()}
+    with gradients_aside(model), untouched(model):
+        for split, program in enumerate(_programs(partition)):
+            runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies())
+            for s, use in _observe(runtime, Scale(stages, device, bool(split)), [microbatch] * MICROBATCHES):
+                uses[s] += [use] if not any(_same(use, other) for other in uses[s]) else []
+    costs = [replace(cost, uses=tuple(uses[s])) for s, cost in enumerate(partition.costs)]
+    return replace(partition, costs=tuple(costs))
+
+
+def _same(one: Use, other: Use) -> bool:
+    return (one.op, one.first, one.peer) == (other.op, other.first, other.peer)
+
+
+def _programs(partition: Partition) -> Iterator[Program]:
+    """Two microbatches, each stage on a rank of its own, with whole backwards and with split ones."""
+    count = partition.stages
+    timetable = make_timetable("1f1b", Shape(count, count, MICROBATCHES))
+    yield communicate(timetable, partition)
+    halves = ("BACKWARD_INPUT", "BACKWARD_WEIGHT")
+    rows = tuple(
+        tuple(
+            part
+            for one in row
+            for part in ([replace(one, op=half) for half in halves] if one.op == "BACKWARD" else [one])
+        )
+        for row in timetable.rows
+    )
+    yield communicate(replace(timetable, rows=rows), partition)
+
+
+def _observe(runtime: LocalRuntime, clock: Scale, microbatches: list[Any]) -> Iterator[tuple[int, Use]]:
+    counted = replace(clock, meter=meter_of(clock.device), times={}, bytes={}, gradients={})
+    assert counted.meter is not None
+    with counted.meter:
+        runtime.run(microbatches, counted.around)
+    begin, runs = time.perf_counter(), 0
+    while runs < FEWEST or time.perf_counter() - begin < BUDGET_S:
+        clock.gradients.clear()
+        runtime.run(microbatches, clock.around)
+        runs += 1
+    for kind, (after, peak) in counted.bytes.items():
+        stage, op, first, peer = kind
+        yield stage, Use(op, after, peak, statistics.median(clock.times[kind]), first, peer)
+
+
+def _standing(stage: nn.Module, microbatch: Any) -> list[Use]:
+    """What a stage always holds, what an optimizer takes while it steps, and a microbatch."""
+    parameters = list(stage.parameters())
+    trainable = [p.nbytes for p in parameters if p.requires_grad]
+    held = sum({id(t): t.nbytes for t in (*parameters, *stage.buffers())}.values())
+    foreach = any(p.is_cuda for p in parameters)
+    workspace = sum(trainable) if foreach else 2 * max(trainable, default=0)
+    batch = sum(leaf.nbytes for leaf in tree_leaves(microbatch) if isinstance(leaf, Tensor))
+    return [Use("HOLD", held, workspace), Use("BATCH", batch), *([Use("AHEAD", AHEAD_BYTES)] if foreach else [])]
