@@ -152,6 +152,8 @@ def less_memory(within: Callable[[int | None], Compiled], memory: int | None) ->
         except MemoryLimitError:
             break
     assert memory is not None
+    if max(found.forecast.peak_bytes) <= memory:
+        return found
     needed = max(first.forecast.peak_bytes)
     raise MemoryLimitError(
         f"rank {first.forecast.peak_bytes.index(needed)} needs {needed} bytes, {needed - memory} more than its {memory}, "
