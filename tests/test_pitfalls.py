@@ -45,13 +45,17 @@ class InPlaceOnViews(Net):
         return x
 
 
-class InPlaceFirst(Net):
-    """Every layer begins by changing what it received."""
+class InPlaceOnReceived(Net):
+    """Every block begins by changing what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)) for _ in range(6))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * 1.0
-        for layer in self.layers:
-            x = layer(torch.relu_(x)) + x
+        for block in self.blocks:
+            x = block(x)
         return x.square().mean()
 
 
@@ -110,23 +114,6 @@ class Regions(Net):
         return y.float() / scale
 
 
-class LeakedByHook(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-        for layer in self.layers:
-            layer.register_forward_hook(self.note)
-
-    def note(self, module: nn.Module, args: Any, result: Tensor) -> None:
-        self.seen.append(result)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.clear()
-        loss = super().forward(x) + sum(value.abs().mean() for value in self.seen)
-        self.seen.clear()
-        return loss
-
-
 class TwoKinds(Net):
     """One module, called with two kinds of argument."""
 
@@ -170,20 +157,57 @@ class Square(torch.autograd.Function):
         return gradient * x * 0.1
 
 
-class Custom(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Square.apply(x)
-
-
-class CustomInModules(Net):
-    """A custom autograd function inside of modules that can stay whole."""
+class Heavy(nn.Module):
+    """More than a stage's share of the work, so that it is opened unless it must stay whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.custom = Custom()
+        self.inside = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.inside:
+            x = self.then(linear(x))
+        return x
+
+    def then(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+class WithHeavy(Net):
+    heavy: type[Heavy] = Heavy
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = self.heavy()
 
     def between(self, x: Tensor, index: int) -> Tensor:
-        return self.custom(x)
+        return self.middle(x) if index == 2 else x
+
+
+class LeakedByHook(WithHeavy):
+    """A hook takes a value from the middle of a module, and the loss reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.middle.inside[3].register_forward_hook(self.note)
+
+    def note(self, module: nn.Module, args: Any, result: Tensor) -> None:
+        self.seen.append(result)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.clear()
+        loss = super().forward(x) + self.seen[0].abs().mean()
+        self.seen.clear()
+        return loss
+
+
+class CustomInModules(WithHeavy):
+    """A custom autograd function inside of a module that can stay whole."""
+
+    class heavy(Heavy):
+        def then(self, x: Tensor) -> Tensor:
+            return Square.apply(torch.tanh(x))
 
 
 class Checkpointed(Net):
@@ -208,9 +232,82 @@ class ReentrantCheckpointed(Checkpointed):
     reentrant = True
 
 
+class ReplacedBuffer(WithHeavy):
+    """A buffer that is another tensor after each call; its module must be called as a whole."""
+
+    class heavy(Heavy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.ones(WIDTH))
+
+        def then(self, x: Tensor) -> Tensor:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+            return x * self.mean
+
+
+class MaskWhenExporting(Net):
+    """As in transformers: a mask that eager mode leaves to the attention is built where the model is exported."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            x = self.project(x)
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask, is_causal=mask is None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList(self.Attention() for _ in range(6))
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        rows = x[:, None]
+        mask = torch.ones(1, 1, dtype=torch.bool).tril() if torch.compiler.is_exporting() else None
+        return self.attention[index](rows, mask=mask)[:, 0]
+
+
+class ReadsOnlyTheType(Net):
+    """A table that is given activations, but takes no more than their dtype from them."""
+
+    class Table(nn.Module):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            return (positions[:, None] * torch.arange(WIDTH, device=x.device)).cos().to(x.dtype)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = self.Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        table = self.table(x, torch.arange(x.shape[0]))
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * table
+        return x.square().mean()
+
+
+class NoiseForAll(Net):
+    """Random numbers without a gradient that every layer reads: drawn once, never again by each reader."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape)
+        for layer in self.layers:
+            x = torch.tanh(layer(x + noise))
+        return x.square().mean()
+
+
+class OddOperations(Net):
+    """Operations whose arguments have no form as a method."""
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        weight = self.layers[index].weight.reshape(4, 4, WIDTH).flatten(0, 1)
+        return (x.to(torch.float64, memory_format=torch.contiguous_format) @ weight.double()).float()
+
+
 EXACT = [
-    InPlaceOnViews, InPlaceFirst, TuplesAtCuts, ReturnsItsInput, NoneOutput, ShiftedInPlace, Regions, LeakedByHook,
-    TwoKinds, OddNames, CustomInModules, Checkpointed, ReentrantCheckpointed,
+    InPlaceOnViews, InPlaceOnReceived, TuplesAtCuts, ReturnsItsInput, NoneOutput, ShiftedInPlace, Regions, LeakedByHook,
+    TwoKinds, OddNames, CustomInModules, Checkpointed, ReentrantCheckpointed, ReplacedBuffer, MaskWhenExporting,
+    ReadsOnlyTheType, NoiseForAll, OddOperations,
 ]  # fmt: skip
 
 
@@ -221,8 +318,38 @@ def case(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor], N
 
 @pytest.mark.parametrize("make", EXACT, ids=lambda make: make.__name__)
 def test_exact(make: Callable[[], nn.Module]) -> None:
-    row = run(make.__name__, case(make), 3, 3, "1f1b")
+    row = run(make.__name__, case(make), 4, 4, "1f1b")
     assert row.ok, row
+
+
+def sources(make: Callable[[], nn.Module]) -> str:
+    pipe = compiled(case(make), 3, 3, "1f1b")
+    return "".join(pipe.source(stage) for stage in range(3))
+
+
+def test_a_mask_that_only_export_makes_is_not_passed() -> None:
+    assert "mask" not in sources(MaskWhenExporting)
+    assert "tril" not in sources(MaskWhenExporting)
+
+
+def test_a_table_that_reads_only_a_type_is_made_by_each_stage() -> None:
+    plan = compiled(case(ReadsOnlyTheType), 3, 3, "1f1b").plan
+    assert len(plan.transfers) == 2, "one value at each cut"
+    assert sources(ReadsOnlyTheType).count("cos()") == 2, "the first stage does not read it"
+
+
+def test_random_numbers_are_drawn_once() -> None:
+    assert sources(NoiseForAll).count("aten.randn") == 1
+
+
+class ReplacedInTheModel(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(WIDTH))
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return x * self.mean
 
 
 @pytest.mark.parametrize("make", [Checkpointed, ReentrantCheckpointed])
@@ -282,6 +409,7 @@ class HookInTheModel(Net):
         (CustomInTheModel, "custom autograd function Square"),
         (HookInTheModel, "registers a hook on a tensor"),
         (CheckpointContext, "checkpoints activations with a context_fn"),
+        (ReplacedInTheModel, "replaces its buffer mean instead of changing it in place"),
     ],
 )
 def test_refused_by_name(make: Callable[[], nn.Module], why: str) -> None:
@@ -321,29 +449,20 @@ def test_a_decision_that_changes_is_refused_by_line() -> None:
         pipe.step(case[1] | {"flag": -torch.ones(8)})
 
 
-class InnerCheckpointContext(Net):
+class InnerCheckpointContext(WithHeavy):
     """A context_fn that stays, because its module can be called as a whole."""
 
     count = 0
 
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(WIDTH, WIDTH)
-
+    class heavy(Heavy):
         def contexts(self) -> tuple[Any, Any]:
             InnerCheckpointContext.count += 1
             return contextlib.nullcontext(), contextlib.nullcontext()
 
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.linear, x, use_reentrant=False, context_fn=self.contexts)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(self.Block() for _ in range(6))
-
-    def between(self, x: Tensor, index: int) -> Tensor:
-        return self.blocks[index](x)
+            for linear in self.inside:
+                x = checkpoint(linear, x, use_reentrant=False, context_fn=self.contexts)
+            return x
 
 
 def test_a_context_function_of_a_checkpoint_is_kept() -> None:
