@@ -7,22 +7,26 @@ sends and receives agree, and even ranks that stop in each message until its oth
     rank 0   0F0 0SEND_F0>1 0F1            ...      the message of 0F0 is over before anything later in the order begins
     rank 1            1RECV_F0<0  1F0      ...
 
+Where weights are updated inside the step, a shared parameter is updated on all its ranks at once, as soon as the last of
+its gradients is there; that too has one place in the global order.
+
 The order is that of the timetable run with equal costs (a forward 1, each half of a backward 1), messages before
 computations of the same time. O(n log n) for n instructions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipecompile.errors import ProgramError
 from pipecompile.ir import Instruction, Partition, Program, Route, Routes, Shared, StageCost, Timetable, Transfer
+from pipecompile.ir.versions import group_ends, members, updates
 from pipecompile.passes.verify import verify_compute
-from pipecompile.simulate import compute_spans
+from pipecompile.simulate import AFTER_BACKWARD, compute_spans
 
 EQUAL = StageCost(forward_ms=1.0, backward_ms=2.0, weight_ms=1.0, saved_bytes=1)
 Event = tuple[float, int, int, int, int, tuple[tuple[int, Instruction], ...]]
-"""(time, message 0 or computation 1, three numbers that make the order total, what stands on which rank)."""
+"""(time, message 0, shared update 1 or computation 2, three numbers that make the order total, what stands where)."""
 
 
 def communicate(timetable: Timetable, partition: Partition) -> Program:
@@ -35,25 +39,27 @@ def communicate(timetable: Timetable, partition: Partition) -> Program:
     routes = Routes.of(partition)
     placement = verify_compute(timetable).shape.placement
     spans = compute_spans(timetable.rows, routes, (EQUAL,) * timetable.shape.stages)
+    position = {one: place for row in timetable.rows for place, one in enumerate(row)}
     events: list[Event] = []
     for one, (start, end) in spans.items():
         rank = placement[one.stage]
-        events.append((start, 1, rank, one.stage, one.microbatch, ((rank, one),)))
+        events.append((start, 2, rank, position[one], 0, ((rank, one),)))
         for route in _leaving(one, routes, placement):
             events.append(_message(one, route, end, placement))
+    events += _shared_updates(timetable, partition, spans)
     rows: list[list[Instruction]] = [[] for _ in timetable.rows]
     for *_, parts in sorted(events, key=lambda event: event[:5]):
         for rank, one in parts:
             rows[rank].append(one)
-    for shared in partition.shared:
-        for rank, one in _reductions(shared, placement):
+    for shared in () if updates(timetable.rows) else partition.shared:
+        for rank, one in _everywhere("REDUCE_GRAD", shared, placement):
             rows[rank].append(one)
     return Program(timetable.schedule, timetable.shape, tuple(map(tuple, rows)))
 
 
 def _leaving(one: Instruction, routes: Routes, placement: Sequence[int]) -> list[Route]:
     """The routes over which the result of a computation goes to another rank."""
-    if one.op == "BACKWARD_WEIGHT":
+    if one.op in AFTER_BACKWARD:
         return []
     mine = (r for r in routes.routes if placement[r.source] != placement[r.target])
     if one.op == "FORWARD":
@@ -72,25 +78,36 @@ def _message(one: Instruction, route: Route, time: float, placement: Sequence[in
     return time, 0, here, there, m, ((placement[here], send), (placement[there], receive))
 
 
-def _reductions(shared: Shared, placement: Sequence[int]) -> list[tuple[int, Instruction]]:
-    """One REDUCE_GRAD on each rank that holds the parameter, if there are several, on its first stage that does."""
+def _shared_updates(
+    timetable: Timetable, partition: Partition, spans: Mapping[Instruction, tuple[float, float]]
+) -> Iterator[Event]:
+    """The updates of shared parameters, each when the last backward of its group is over on all its stages."""
+    over: dict[tuple[int, int], float] = {}
+    for one, (_, end) in spans.items():
+        if one.op.startswith("BACKWARD"):
+            over[one.stage, one.microbatch] = max(end, over.get((one.stage, one.microbatch), 0.0))
+    ends = group_ends(timetable.rows)
+    for index, shared in enumerate(partition.shared):
+        for group, last in enumerate(ends):
+            time = max(over[stage, m] for stage in shared.stages for m in members(ends, group))
+            parts = _everywhere("UPDATE", shared, timetable.shape.placement, last, group + 1)
+            yield time, 1, group, index, 0, parts
+
+
+def _everywhere(
+    op: str, shared: Shared, placement: Sequence[int], microbatch: int = -1, version: int = -1
+) -> tuple[tuple[int, Instruction], ...]:
+    """One instruction on each rank that holds the parameter, on its first stage that does; no sum over one rank."""
     first: dict[int, int] = {}
     for stage in sorted(shared.stages):
         first.setdefault(placement[stage], stage)
-    if len(first) < 2:
-        return []
-    return [
-        (
-            rank,
-            Instruction(
-                "REDUCE_GRAD",
-                stage,
-                values=(shared.parameter,),
-                peers=tuple(other for other in sorted(first.values()) if other != stage),
-            ),
-        )
-        for rank, stage in first.items()
-    ]
+    if op == "REDUCE_GRAD" and len(first) < 2:
+        return ()
+    found = []
+    for rank, stage in first.items():
+        peers = tuple(other for other in sorted(first.values()) if other != stage)
+        found.append((rank, Instruction(op, stage, microbatch, -1, (shared.parameter,), peers, version)))
+    return tuple(found)
 
 
 def chain(

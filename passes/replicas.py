@@ -14,12 +14,18 @@ from dataclasses import replace
 
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import SENDS, Instruction, Program
+from pipecompile.ir.versions import updates
 
 
 def for_replicas(program: Program, replicas: int) -> Program:
     """The program that each of ``replicas`` runs; the same one if there is one only."""
     if replicas < 1:
         raise ScheduleError(f"replicas is {replicas}, expected at least 1")
+    if replicas > 1 and updates(program.rows):
+        raise ScheduleError(
+            f"{program.schedule} updates weights inside a step and is not run in replicas; use one replica, or a schedule "
+            "that flushes, such as 1f1b"
+        )
     return program if replicas == 1 else replace(program, rows=tuple(map(_with_sums, program.rows)))
 
 

@@ -6,6 +6,7 @@ weight half; a and g bytes of a value between two stages and of its gradient. Of
     idle         ms without work between a rank's first and last computation, on the rank that has most
     bubble       the share of idle in that time
     activations  the most in flight on rank r, each of one stage and microbatch
+    versions     the most versions of the weights that rank r holds (where it is not always one)
     messages     between ranks, in a step, for a chain of stages         bytes   in these
 """
 
@@ -21,7 +22,7 @@ import sympy
 from pipecompile.errors import ScheduleError
 from pipecompile.passes.schedules import Schedule, vee
 
-QUANTITIES = ("idle", "bubble", "activations", "messages", "bytes")
+QUANTITIES = ("idle", "bubble", "activations", "versions", "messages", "bytes")
 SYMBOLS = {name: sympy.Symbol(name, positive=True, integer=name in "pvmag") for name in ("p", "v", "m", *"FIWag")}
 SYMBOLS["r"] = sympy.Symbol("r", nonnegative=True, integer=True)
 COMPARE: Mapping[str, Callable[[float, float], bool]] = {
@@ -47,6 +48,7 @@ def closed_forms(found: Schedule) -> dict[str, Any]:
         "idle": idle,
         "bubble": sympy.factor(idle / (idle + work)),
         "activations": _parsed(forms.activations),
+        "versions": _parsed(forms.versions),
         "messages": 2 * m * crossings,
         "bytes": m * crossings * (SYMBOLS["a"] + SYMBOLS["g"]),
     }
@@ -66,6 +68,8 @@ def describe(found: Schedule) -> str:
     forms = closed_forms(found)
     lines = [f"{found.name}: p ranks, {found.per_rank or 'v'} stage{'s'[: found.per_rank != 1]} a rank, m microbatches"]
     for name, form in forms.items():
+        if name == "versions" and form == 1:
+            continue
         condition = holds(found, name)
         where = "" if condition == sympy.true else f"    where {condition}"
         bound = "<=" if found.forms and not found.forms.exact and name in ("idle", "bubble") else "="

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Instruction, Shape, Timetable
+from pipecompile.ir.versions import updates
 from pipecompile.passes.own_schedule import read_computation
 
 _ADDED = re.compile(r"\d+(UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)\d*")
@@ -20,7 +21,12 @@ _PAIR = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
 
 
 def write_csv(timetable: Timetable, path: str | Path) -> None:
-    """Write the computations of each rank, in order."""
+    """Write the computations of each rank, in order; ScheduleError if it updates weights, which torch's engine cannot."""
+    if updates(timetable.rows):
+        raise ScheduleError(
+            f"{timetable.schedule} updates weights inside a step, which torch's pipelining has no word for; "
+            "write a schedule that flushes, such as 1f1b"
+        )
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([str(one) for one in row] for row in timetable.rows)
 

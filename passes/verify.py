@@ -3,10 +3,12 @@
 1. Complete and in order: every forward, and backward (or its input half, then its weight half), once for each stage and
    microbatch, on the stage's rank; every message that the partition calls for, once, sent after its value is made and
    received before it is used; every shared parameter's gradient summed once on each rank that holds it, after the last
-   backward there; the gradients of each stage, or of none, summed over the replicas once, after its last backward.
+   backward there; the gradients of each stage, or of none, summed over the replicas once, after its last backward. Where
+   weights are updated inside the step, the rules of ``updates.py``.
 2. On each channel (source rank, target rank, direction) the order of sends is the order of receives.
 3. No ring of ranks that wait for each other under the weakest transport: a run of consecutive messages starts as one
-   and ends when the other end of each of its messages has started; a gradient sum ends when all its ranks have started.
+   and ends when the other end of each of its messages has started; a gradient sum, or an update of a shared parameter,
+   ends when all its ranks have started.
 4. No rank ever holds more memory than its limit (``memory.py`` says what counts).
 
 O(instructions).
@@ -19,9 +21,12 @@ from dataclasses import dataclass
 
 from pipecompile.errors import MemoryLimitError, ProgramError
 from pipecompile.ir import COMPUTE, RECEIVES, SENDS, SUMS, Instruction, Partition, Program, Routes, Timetable
+from pipecompile.ir.versions import updates
 from pipecompile.memory import ADAM, memory_over_time, standing_bytes
+from pipecompile.passes.updates import wrong_updates
 
 MESSAGES = (*SENDS, *RECEIVES)
+COLLECTIVE = ("REDUCE_GRAD", "UPDATE")
 Places = dict[tuple[str, int, int, int], tuple[int, int]]
 """Where an instruction stands, (rank, position), by (op, stage, microbatch, peer)."""
 
@@ -44,8 +49,11 @@ def verify(
     places = _places(program)
     _check_compute(program, places)
     _check_messages(program, Routes.of(partition), places)
-    _check_reductions(program, partition)
-    _check_replica_sums(program)
+    for place, problem in wrong_updates(program, partition):
+        raise _fault(program, place, problem)
+    if not updates(program.rows):
+        _check_reductions(program, partition)
+        _check_replica_sums(program)
     _check_channels(program)
     _check_waits(program)
     if limits is not None:
@@ -61,7 +69,7 @@ def verify_compute(timetable: Timetable) -> Timetable:
     program = Program(timetable.schedule, shape, timetable.rows)
     for rank, row in enumerate(timetable.rows):
         for position, one in enumerate(row):
-            if one.op not in COMPUTE:
+            if one.op not in (*COMPUTE, "UPDATE"):
                 raise _fault(program, (rank, position), "a timetable holds computations only; leave messages out")
     _check_compute(program, _places(program))
     return timetable
@@ -83,7 +91,7 @@ def _places(program: Program) -> Places:
                 raise _fault(program, place, f"there is no stage {one.stage}, only 0 to {shape.stages - 1}")
             if shape.placement[one.stage] != rank:
                 raise _fault(program, place, f"stage {one.stage} belongs to rank {shape.placement[one.stage]}")
-            if one.op in SUMS:
+            if one.op in (*SUMS, "UPDATE"):
                 continue
             if not 0 <= one.microbatch < shape.microbatches:
                 raise _fault(program, place, f"its microbatch is not one of 0 to {shape.microbatches - 1}")
@@ -259,7 +267,7 @@ def _batches(row: Sequence[Instruction]) -> list[tuple[int, ...]]:
                 batches[-1] = (*batches[-1], position)
             else:
                 batches.append((position,))
-        elif one.op == "REDUCE_GRAD":
+        elif one.op in COLLECTIVE:
             batches.append((position,))
         if one.op != "REDUCE_REPLICAS":
             run = one.op in MESSAGES
@@ -268,15 +276,15 @@ def _batches(row: Sequence[Instruction]) -> list[tuple[int, ...]]:
 
 def _other_ends(one: Instruction, rank: int, placement: Sequence[int]) -> list[tuple[object, ...]]:
     """What must have started before ``one`` is over, by (rank, what)."""
-    if one.op == "REDUCE_GRAD":
-        return [(placement[peer], one.values) for peer in one.peers]
+    if one.op in COLLECTIVE:
+        return [(placement[peer], one.op, one.values, one.version) for peer in one.peers]
     other = {"SEND": "RECV", "RECV": "SEND"}[one.op[:4]] + one.op[4:]
     return [(placement[one.peer], other, one.peer, one.microbatch, one.stage)]
 
 
 def _own_end(one: Instruction, rank: int) -> tuple[object, ...]:
-    if one.op == "REDUCE_GRAD":
-        return (rank, one.values)
+    if one.op in COLLECTIVE:
+        return (rank, one.op, one.values, one.version)
     return (rank, one.op, one.stage, one.microbatch, one.peer)
 
 

@@ -4,6 +4,7 @@
     forward        + saved activations + the stage's outputs that go to another rank, until the backward of the same
                    stage and microbatch (the weight half, if it is split)
     receive        + the message, a value until the same backward, a gradient until the backward that reads it
+    update         + what ``stash.py`` counts
     send gradient  + the message, until the next message to the same stage: a sender waits for its previous message
 
 O(instructions) for each rank.
@@ -19,6 +20,8 @@ import numpy.typing as npt
 
 from pipecompile.footprint import Footprint, weighed
 from pipecompile.ir import Instruction, Partition, Program, Routes, Timetable
+from pipecompile.ir.versions import updates
+from pipecompile.stash import stashed
 
 Column = tuple[str, int, int]
 """Something that a rank holds for a microbatch: what it is, and the two stages that it goes between (or one, twice)."""
@@ -110,6 +113,16 @@ def memory_over_time(
     program: Program, partition: Partition, optimizer_factor: float = ADAM
 ) -> tuple[tuple[int, ...], ...]:
     """The most bytes held while each instruction of each row runs."""
+    found = _lines(program, partition, optimizer_factor)
+    if not updates(program.rows):
+        return found
+    return tuple(
+        tuple(held + more for held, more in zip(line, stashed(program, rank, partition)))
+        for rank, line in enumerate(found)
+    )
+
+
+def _lines(program: Program, partition: Partition, optimizer_factor: float) -> tuple[tuple[int, ...], ...]:
     if weighed(partition):
         return Footprint(program, partition, optimizer_factor).lines()
     routes = Routes.of(partition).routes
@@ -127,7 +140,7 @@ def memory_over_time(
 
 def peak_bytes(program: Program, partition: Partition, optimizer_factor: float = ADAM) -> tuple[int, ...]:
     """The most that each rank ever holds."""
-    if weighed(partition):
+    if weighed(partition) and not updates(program.rows):
         return Footprint(program, partition, optimizer_factor).peaks()
     standing = standing_bytes(program, partition, optimizer_factor)
     lines = memory_over_time(program, partition, optimizer_factor)

@@ -19,7 +19,10 @@ from pipecompile.build import read_build, write_build
 from pipecompile.capture import Loss, Step
 from pipecompile.errors import BatchError, BuildError
 from pipecompile.ir import Forecast, Program
+from pipecompile.ir.versions import updates
 from pipecompile.model_file import ModelFile, read_model_file
+from pipecompile.passes.communicate import communicate
+from pipecompile.passes.schedules import make_timetable
 from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
 from pipecompile.runtime import (
@@ -34,6 +37,7 @@ from pipecompile.runtime import (
 )
 from pipecompile.saving import Share, load_weights, save_weights
 from pipecompile.training import bound_to_mode, clip_gradients, forward_only
+from pipecompile.updating import check_mean, check_optimizer
 from pipecompile.weights.checkpoint import open_checkpoint
 from pipecompile.weights.layout import Layout
 from pipecompile.weights.materialise import materialise
@@ -72,6 +76,7 @@ class Pipe:
         self._files = dict(files)
         self.plan = Plan.from_json(_json(files, "plan.json"))
         self.program = verify(Program.from_json(_json(files, "program.json")), self.plan.partition)
+        check_mean(self.program, self.plan.weight)
         self.loss = loss
         watch(model, self.plan.random)
         self.rank, self.ranks, mine = stages_here(self.program, local)
@@ -117,13 +122,20 @@ class Pipe:
         found = {id(p): p for stage in self._stages.values() for p in stage.parameters()}
         return list(found.values())
 
-    def step(self, batch: Any) -> Tensor:
+    def step(self, batch: Any, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
         """The loss of a whole batch (0-dim, detached, the same on every rank); gradients are added to ``.grad``.
 
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
-        Raises BatchError for a batch of another shape than the compiled one, RuntimeFault for a failure on any rank.
+        A schedule that never flushes (``pipedream``, ``pipedream-2bw``) updates weights while it runs, with ``optimizer``
+        over ``parameters()``: after each microbatch, by the gradient of its loss, or after each group of as many
+        microbatches as ranks, by that of their mean loss; gradients are used up. Microbatches read weights that are some
+        updates old, as the schedule's own file states. A step begins and ends with one version of the weights.
+
+        Raises BatchError for a batch of another shape than the compiled one, ScheduleError for an optimizer where none
+        is used or none where one is, RuntimeFault for a failure on any rank.
         """
-        value = self._run(batch, trains=True)
+        check_optimizer(self.program, self.parameters(), optimizer)
+        value = self._run(batch, trains=True, optimizer=optimizer)
         self.steps += 1
         return value
 
@@ -143,12 +155,17 @@ class Pipe:
         """
         return clip_gradients(self.share(), self._runtime(trains=True).sum_over_ranks, max_norm, norm_type)
 
-    def _run(self, batch: Any, trains: bool) -> Tensor:
+    @property
+    def updates(self) -> bool:
+        """Whether ``step`` updates weights itself and needs an optimizer."""
+        return updates(self.program.rows)
+
+    def _run(self, batch: Any, trains: bool, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
         self._check_batch(batch)
         self._check_mode()
         runtime = self._runtime(trains)
         with own_streams() if self.plan.random else nullcontext():
-            return runtime.step(batch)
+            return runtime.step(batch, optimizer=optimizer)
 
     def _runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         if trains not in self._runtimes:
@@ -233,6 +250,12 @@ class Pipe:
             total = total / functools.reduce(torch.add, weights)
             torch.autograd.backward([total])
         return total.detach()
+
+    def flushing(self, model: nn.Module) -> Pipe:
+        """The same stages of ``model`` in this process, with all forwards before all backwards and one version of the
+        weights: what shows that they compute the unsplit model's gradients, where ``step`` leaves none."""
+        program = communicate(make_timetable("gpipe", self.program.shape), self.plan.partition)
+        return Pipe({**self._files, "program.json": json.dumps(program.to_json())}, model, self.loss, local=True)
 
     def share(self) -> Share:
         """What this process has of the model's weights."""

@@ -4,7 +4,8 @@ A rank computes in the order of its row, each instruction as soon as its inputs 
 value is made, one at a time on each channel (source rank, target rank, direction), and take ``bytes / bytes_per_ms``
 of the channel and ``latency_ms`` more to arrive; with ``overlap`` off, both ranks stand still meanwhile. A gradient
 reduction is a ring over its ranks, which all wait for the last one; one over replicas goes on while the rank computes, one
-after another, and the step ends when it has. O(instructions).
+after another, and the step ends when it has. An update inside the step takes the rank's optimizer time; of a shared
+parameter, the reduction's. O(instructions).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 
 from pipecompile.errors import ProgramError
 from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Forecast, Instruction, Partition, Program, Routes, Span, StageCost
+from pipecompile.ir.versions import updates
 from pipecompile.memory import ADAM, peak_bytes
 
 Rows = Sequence[Sequence[Instruction]]
+AFTER_BACKWARD = ("BACKWARD_WEIGHT", "UPDATE")
 Key = tuple[str, int, int]
 """What a rank has finished: ("F" or "B", stage, microbatch); "B" is the backward, or its input half if it is split."""
 
@@ -35,12 +38,16 @@ class Link:
 
 
 def cost_ms(instruction: Instruction, costs: Sequence[StageCost]) -> float:
-    """Milliseconds of a compute instruction; the whole backward is its input half and its weight half together."""
+    """Milliseconds of a compute instruction; the whole backward is its input half and its weight half together.
+
+    An update takes no time here: what an optimizer needs is no cost of a stage.
+    """
     cost = costs[instruction.stage]
     seen = [use.ms for use in cost.uses if use.op == instruction.op and use.first == (instruction.microbatch == 0)]
     if seen:
         return seen[0]
     return {
+        "UPDATE": 0.0,
         "FORWARD": cost.forward_ms,
         "BACKWARD": cost.backward_ms,
         "BACKWARD_INPUT": cost.backward_ms - cost.weight_ms,
@@ -53,7 +60,7 @@ def needs(instruction: Instruction, routes: Routes) -> tuple[tuple[Key, int], ..
     stage, m = instruction.stage, instruction.microbatch
     if instruction.op == "FORWARD":
         return tuple((("F", r.source, m), r.source) for r in routes.into(stage))
-    if instruction.op == "BACKWARD_WEIGHT":
+    if instruction.op in AFTER_BACKWARD:
         return ((("B", stage, m), stage),)
     return (("F", stage, m), stage), *((("B", r.target, m), r.target) for r in routes.back(stage))
 
@@ -97,7 +104,7 @@ def compute_spans(rows: Rows, routes: Routes, costs: Sequence[StageCost]) -> Map
         start = max([clock[rank], *(time for time in before if time is not None)])
         clock[rank] = start + cost_ms(one, costs)
         spans[one] = (start, clock[rank])
-        if one.op != "BACKWARD_WEIGHT":
+        if one.op not in AFTER_BACKWARD:
             finished[_letter(one), one.stage, one.microbatch] = clock[rank]
         return True
 
@@ -123,9 +130,10 @@ class _State:
     clock: list[float]
     busy: list[float]
     finished: dict[Key, float] = field(default_factory=dict)
+    optimizer_ms: Sequence[float] = ()
     messages: dict[Message, tuple[float, float]] = field(default_factory=dict)
     channel: dict[tuple[int, int, str], float] = field(default_factory=dict)
-    waiting: dict[str, dict[int, float]] = field(default_factory=dict)
+    waiting: dict[tuple[str, int], dict[int, float]] = field(default_factory=dict)
     spans: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
     replicas: int = 1
     summed: dict[int, float] = field(default_factory=dict)
@@ -144,7 +152,16 @@ class _State:
             return self.send(rank, one)
         if one.op in RECEIVES:
             return self.receive(rank, one)
-        return self.reduce(rank, one) if one.op == "REDUCE_GRAD" else self.reduce_replicas(rank, one)
+        if one.op == "UPDATE" and not one.values:
+            return self.update(rank)
+        return self.reduce_replicas(rank, one) if one.op == "REDUCE_REPLICAS" else self.reduce(rank, one)
+
+    def update(self, rank: int) -> tuple[float, float]:
+        start = self.clock[rank]
+        took = self.optimizer_ms[rank]
+        self.clock[rank] += took
+        self.busy[rank] += took
+        return start, self.clock[rank]
 
     def compute(self, rank: int, one: Instruction) -> tuple[float, float] | None:
         start = self.clock[rank]
@@ -160,7 +177,7 @@ class _State:
         end = start + cost_ms(one, self.costs)
         self.clock[rank] = end
         self.busy[rank] += end - start
-        if one.op != "BACKWARD_WEIGHT":
+        if one.op not in AFTER_BACKWARD:
             self.finished[_letter(one), one.stage, one.microbatch] = end
         return start, end
 
@@ -192,7 +209,7 @@ class _State:
     def reduce(self, rank: int, one: Instruction) -> tuple[float, float] | None:
         """A ring over the ranks of the parameter: 2(n-1) messages of 1/n of its gradient."""
         name = one.values[0]
-        here = self.waiting.setdefault(name, {})
+        here = self.waiting.setdefault((name, one.version), {})
         here.setdefault(rank, self.clock[rank])
         count = len(one.peers) + 1
         if len(here) < count:
@@ -224,10 +241,12 @@ def simulate(
     """Forecast a step: its time, each rank's busy time and peak memory (an upper bound), and when everything runs.
 
     ``optimizer_factor`` is the optimizer's state as a factor of the trainable bytes, ``optimizer_ms`` what each rank's
-    optimizer step takes after its row, ``replicas`` how many run the program beside each other. ProgramError names who waits if the program cannot run to its end.
+    optimizer step takes after its row, or each update in it, ``replicas`` how many run the program beside each other.
+    ProgramError names who waits if the program cannot run to its end.
     """
     ranks = program.shape.ranks
     sizes = {shared.parameter: shared.bytes for shared in partition.shared}
+    after = optimizer_ms or [0.0] * ranks
     state = _State(
         program,
         partition.costs,
@@ -237,6 +256,7 @@ def simulate(
         clock=[0.0] * ranks,
         busy=[0.0] * ranks,
         replicas=replicas,
+        optimizer_ms=after,
     )
     waiting = stuck(program.rows, walk(program.rows, state.step))
     if waiting:
@@ -246,9 +266,11 @@ def simulate(
             if one.op in RECEIVES:
                 key = (one.op, one.stage, one.peer, one.microbatch)
                 state.spans[rank, position] = state.messages.get(key, state.spans[rank, position])
+    if updates(program.rows):
+        after = [0.0] * ranks
     ready = [max(time, state.summed.get(rank, 0.0)) for rank, time in enumerate(state.clock)]
-    ends = [time + after for time, after in zip(ready, optimizer_ms or [0.0] * ranks)]
-    busy = [time + after for time, after in zip(state.busy, optimizer_ms or [0.0] * ranks)]
+    ends = [time + optimizer for time, optimizer in zip(ready, after)]
+    busy = [time + optimizer for time, optimizer in zip(state.busy, after)]
     return Forecast(
         step_ms=max(ends),
         busy_ms=tuple(busy),

@@ -19,11 +19,17 @@ import pipecompile
 from pipecompile.ir import Shape
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.schedules import find_schedule, make_timetable, schedule_names
-from tests.models import MODELS, Case
+from tests.asynchronous import RULES, Version, train
+from tests.models import MODELS, SAMPLES, Case
 from tests.oracle import Outcome, accumulate, assert_same
 
 MICROBATCHES = 4
+RATE = 0.05
+WEIGHTS = 2e-6
+"""The relative difference that a weight may show after the updates of two steps: shared gradients are summed in another
+order than the unsplit model's."""
 LOOPED = ("interleaved-1f1b", "looped-bfs")
+UPDATING = tuple(RULES)
 FLUSHING = tuple(name for name in schedule_names() if find_schedule(name).flushes)
 
 
@@ -36,9 +42,11 @@ def per_rank(schedule: str) -> int:
     return find_schedule(schedule).per_rank or (2 if schedule in LOOPED else 1)
 
 
-def case(name: str) -> Case:
-    """A shared model as ``compile`` leaves it: without a cache of keys, as the plan says."""
+def case(name: str, microbatches: int = MICROBATCHES) -> Case:
+    """A shared model as ``compile`` leaves it, without a cache of keys, and a batch with a sample for each microbatch."""
     model, batch, loss = MODELS[name]()
+    if microbatches > SAMPLES:
+        batch = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in batch.items()}
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.use_cache = False
@@ -51,14 +59,14 @@ def unsplit(name: str) -> Outcome:
 
 
 @functools.cache
-def compiled(name: str, stages: int, ranks: int) -> pipecompile.Pipe:
-    model, batch, loss = case(name)
+def compiled(name: str, stages: int, ranks: int, microbatches: int) -> pipecompile.Pipe:
+    model, batch, loss = case(name, microbatches)
     return pipecompile.compile(
         model,
         batch,
         stages=stages,
         ranks=ranks,
-        microbatches=MICROBATCHES,
+        microbatches=microbatches,
         schedule="1f1b" if stages == ranks else "looped-bfs",
         loss=loss,
         costs="estimate",
@@ -67,14 +75,14 @@ def compiled(name: str, stages: int, ranks: int) -> pipecompile.Pipe:
     )
 
 
-def under(schedule: str, name: str, ranks: int) -> tuple[pipecompile.Pipe, Case]:
+def under(schedule: str, name: str, ranks: int, microbatches: int = MICROBATCHES) -> tuple[pipecompile.Pipe, Case]:
     """The model's stages in the order of ``schedule``, with a model that nothing has trained."""
     stages = ranks * per_rank(schedule)
-    first = compiled(name, stages, ranks)
+    first = compiled(name, stages, ranks, microbatches)
     partition = first.plan.partition
-    timetable = make_timetable(schedule, Shape(stages, ranks, MICROBATCHES), partition=partition)
+    timetable = make_timetable(schedule, Shape(stages, ranks, microbatches), partition=partition)
     program = communicate(timetable, partition)
-    model, batch, loss = case(name)
+    model, batch, loss = case(name, microbatches)
     files = {**first._files, "program.json": json.dumps(program.to_json())}
     return pipecompile.Pipe(files, model, loss), (model, batch, loss)
 
@@ -91,6 +99,45 @@ def check(schedule: str, name: str, ranks: int) -> None:
     assert not strangers, f"rank {pipe.rank} has gradients of parameters of other ranks: {sorted(strangers)}"
 
 
+def check_updates(schedule: str, name: str, ranks: int, microbatches: int, rule: Version | None = None) -> None:
+    """Two steps of a schedule that never flushes, beside the oracle (under another ``rule`` if one is given);
+    AssertionError where the loss of a microbatch, or a weight of this process's stages, differs."""
+    version, grouped = RULES[schedule]
+    pipe, (model, batch, loss) = under(schedule, name, ranks, microbatches)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    stage_of: dict[int, int] = {}
+    for stage in reversed(range(ranks)):
+        stage_of |= {id(tensors[key]): stage for key in pipe.plan.holds[stage] if key in tensors}
+        stage_of |= {id(tensors[key]): stage for key in pipe.plan.stages[stage].shared.values()}
+    firsts = {key: stage_of[id(p)] for key, p in model.named_parameters()}
+    told: list[torch.Tensor] = []
+    if ranks - 1 in pipe.stages:
+        place = [port.name for port in pipe.plan.stages[-1].outputs].index(pipe.plan.loss)
+        pipe.stage(ranks - 1).register_forward_hook(lambda module, given, made: told.append(made[place].detach()))
+    mine = {id(p) for p in pipe.parameters()}
+    names = [key for key, p in model.named_parameters() if id(p) in mine]
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=RATE, momentum=0.9)
+    for p in pipe.parameters():
+        p.grad = torch.ones_like(p)  # of an earlier step: it stays apart
+    means = [pipe.step(batch, optimizer) for _ in range(2)]
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in pipe.parameters())
+    unsplit, batch, loss = case(name, microbatches)
+    steps = torch.optim.SGD(unsplit.parameters(), lr=RATE, momentum=0.9)
+    version, group = rule or version, ranks if grouped else 1
+    losses = [train(unsplit, batch, loss, steps, microbatches, firsts, ranks, version, group) for _ in range(2)]
+    expected = [value for step in losses for value in step]
+    assert not told or len(told) == len(expected)
+    for m, (got, value) in enumerate(zip(told, expected)):
+        assert torch.allclose(got, value, rtol=1e-5), f"microbatch {m}: loss {got} instead of {value}"
+    for mean, step in zip(means, losses):
+        assert torch.allclose(mean, torch.stack(step).mean(), rtol=1e-5)
+    others = dict(unsplit.named_parameters())
+    for key in names:
+        got, value = tensors[key].detach(), others[key].detach()
+        error = float((got - value).norm() / value.norm())
+        assert error <= WEIGHTS, f"{key} differs by {error:.1e}"
+
+
 def main(folder: str, *names: str) -> None:
     from pipecompile.runtime import connect
 
@@ -102,9 +149,12 @@ def main(folder: str, *names: str) -> None:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {}
     for name in names:
-        for schedule in FLUSHING:
+        for schedule in (*FLUSHING, *UPDATING):
             try:
-                check(schedule, name, ranks)
+                if schedule in FLUSHING:
+                    check(schedule, name, ranks)
+                else:
+                    check_updates(schedule, name, ranks, 8)
                 found[f"{name} {schedule}"] = ""
             except AssertionError as error:
                 found[f"{name} {schedule}"] = str(error)

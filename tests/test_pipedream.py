@@ -1,55 +1,71 @@
-"""PipeDream and 2BW: which version of the weights each microbatch reads, how many are held, what that trains."""
+"""PipeDream and 2BW: which version of the weights each microbatch reads, how many are held, what a user must give."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pipecompile
-from pipecompile.errors import ScheduleError
-from pipecompile.ir import Instruction, Shape
-from pipecompile.passes.schedules import make_timetable
-from pipecompile.passes.schedules.versions import newest, one_behind, versions_read
+from pipecompile.errors import RuntimeFault, ScheduleError
+from pipecompile.ir import Shape, Shared, StageCost
+from pipecompile.ir.versions import lines, versions_read
+from pipecompile.memory import memory_over_time
+from pipecompile.passes.communicate import chain, communicate
+from pipecompile.passes.replicas import for_replicas
+from pipecompile.passes.schedules import find_schedule, make_timetable
+from pipecompile.passes.symbols import SYMBOLS, closed_forms
+from pipecompile.passes.torch_csv import write_csv
+from pipecompile.passes.verify import verify
+from pipecompile.simulate import simulate
+from tests.asynchronous import RULES, train
 from tests.models import mlp
 
-SIZES = [(p, m) for p in (2, 4, 8, 16) for m in (1, p - 1, p, 2 * p, 3 * p + 1, 4 * p)]
+SIZES = [(p, m) for p in (1, 2, 4, 8, 16) for m in sorted({*range(1, p + 2), 2 * p - 1, 2 * p, 3 * p + 1, 4 * p})]
+UPDATING = tuple(RULES)
 
 
+def most_held(rows: Any, rank: int, shared: Any = ()) -> list[int]:
+    """The most versions of each line of a rank."""
+    found = lines(rows, rank, shared)
+    most = [0] * len(found)
+    for one in rows[rank]:
+        for line in found:
+            line.step(one)
+        most = [max(count, line.held) for count, line in zip(most, found)]
+    return most
+
+
+@pytest.mark.parametrize("name", UPDATING)
 @pytest.mark.parametrize(("p", "m"), SIZES)
-def test_pipedream_reads_what_its_statement_says(p, m):
-    timetable = make_timetable("pipedream", Shape(p, p, m))
-    for stage, row in enumerate(timetable.rows):
-        read, held = versions_read(row, 1, newest)
-        assert read == tuple(max(0, t - (p - stage) + 1) for t in range(m))
-        assert held <= p - stage
-        if m >= 2 * p:
-            assert held == p - stage
+def test_versions_are_those_of_the_papers_and_of_the_closed_form(name: str, p: int, m: int) -> None:
+    timetable = make_timetable(name, Shape(p, p, m))
+    rule, _ = RULES[name]
+    assert versions_read(timetable.rows) == {(s, t): rule(p, s, t) for s in range(p) for t in range(m)}
+    form = closed_forms(find_schedule(name))["versions"]
+    for rank in range(p):
+        values = {SYMBOLS["p"]: p, SYMBOLS["m"]: m, SYMBOLS["r"]: rank}
+        assert most_held(timetable.rows, rank) == [form.subs(values)]
 
 
-@pytest.mark.parametrize(("p", "m"), SIZES)
-def test_2bw_reads_one_version_on_all_stages_and_holds_two(p, m):
-    timetable = make_timetable("pipedream-2bw", Shape(p, p, m))
-    for row in timetable.rows:
-        read, held = versions_read(row, p, one_behind(p))
-        assert read == tuple(max(0, t // p - 1) for t in range(m))
-        assert held == (1 if m <= p else 2)
-        assert _never_ahead(row, p, read)
-
-
-def _never_ahead(row: tuple[Instruction, ...], every: int, read: tuple[int, ...]) -> bool:
-    """Whether every version was made before a forward reads it."""
-    done = 0
-    for one in row:
-        if one.op == "FORWARD" and read[one.microbatch] > done // every:
-            return False
-        done += one.op == "BACKWARD"
-    return True
+@pytest.mark.parametrize("name", UPDATING)
+def test_a_shared_parameter_has_the_versions_of_its_first_stage(name: str) -> None:
+    partition = chain(4, shared=(Shared("w", (1, 3), 8),))
+    program = verify(communicate(make_timetable(name, Shape(4, 4, 12)), partition), partition)
+    held = [most_held(program.rows, rank, [("w", (1, 3))]) for rank in range(4)]
+    assert held == {"pipedream": [[4], [3, 3], [2], [1, 2]], "pipedream-2bw": [[2], [2, 2], [2], [2, 2]]}[name]
 
 
 def test_two_stages_trained_by_hand():
     """loss = (a b x - y)^2 / 2 on two stages: running the rows with stashed weights gives the statement's recurrence."""
     rows = make_timetable("pipedream", Shape(2, 2, 6)).rows
     data, rate = [(1.0, 0.5), (2.0, -1.0), (-1.0, 0.3), (0.5, 2.0), (1.5, 1.0), (-0.7, 0.1)], 0.1
-    first, second = (versions_read(row, 1, newest)[0] for row in rows)
+    read = versions_read(rows)
+    first, second = ([read[stage, t] for t in range(6)] for stage in range(2))
     a, b = [0.6], [-0.4]
     for t, (x, y) in enumerate(data):
         seen_a, seen_b = a[max(0, t - 1)], b[t]
@@ -69,7 +85,9 @@ def _run(rows, data, rate, first, second):
             if at[rank] == len(row):
                 continue
             one, t = row[at[rank]], row[at[rank]].microbatch
-            if (rank, one.op) == (0, "FORWARD"):
+            if one.op == "UPDATE":
+                assert one.version == len((a, b)[rank]) - 1, "this walk updates with its backward"
+            elif (rank, one.op) == (0, "FORWARD"):
                 hidden[t] = a[first[t]] * data[t][0]
             elif (rank, one.op) == (0, "BACKWARD"):
                 if t not in back:
@@ -86,9 +104,120 @@ def _run(rows, data, rate, first, second):
     return pytest.approx(a), pytest.approx(b)
 
 
-@pytest.mark.parametrize("name", ["pipedream", "pipedream-2bw"])
-def test_it_is_not_run(name):
+@pytest.mark.parametrize(("name", "versions"), [("pipedream", (3, 2, 1)), ("pipedream-2bw", (2, 2, 2))])
+def test_memory_counts_the_versions(name: str, versions: tuple[int, ...]) -> None:
+    costs = [StageCost(1, 2, 1, parameter_bytes=100, trainable_bytes=100)] * 3
+    partition = chain(3, costs, bytes=0, gradient_bytes=0)
+    program = communicate(make_timetable(name, Shape(3, 3, 12)), partition)
+    peaks = [max(line) for line in memory_over_time(program, partition, optimizer_factor=2)]
+    assert peaks == [400 + 100 * (held - 1) for held in versions]
+
+
+def test_updates_take_the_optimizers_time() -> None:
+    partition = chain(3)
+    program = communicate(make_timetable("pipedream", Shape(3, 3, 6)), partition)
+    without, with_time = (simulate(program, partition, optimizer_ms=[ms] * 3) for ms in (0.0, 0.5))
+    assert with_time.busy_ms == tuple(ms + 6 * 0.5 for ms in without.busy_ms)
+    assert without.step_ms == 24
+    assert with_time.step_ms == 24 + 6 * 0.5
+
+
+@pytest.mark.parametrize("name", UPDATING)
+def test_the_last_bit_of_a_chain(name: str) -> None:
+    """Nothing is summed in another order here, so weights are equal to the last bit."""
     model, batch, loss = mlp()
-    words = f"{name} never flushes: .* the runtime keeps one; print it with pipecompile schedule {name}, and train with"
-    with pytest.raises(ScheduleError, match=words):
-        pipecompile.compile(model, batch, stages=2, microbatches=4, schedule=name, loss=loss, costs="estimate")
+    unsplit = mlp()[0]
+    pipe = pipecompile.compile(
+        model, batch, stages=2, microbatches=8, schedule=name, loss=loss, costs="estimate", check=False
+    )
+    held = {key: stage for stage in range(2) for key in pipe.plan.holds[stage]}
+    rule, grouped = RULES[name]
+    pipe.step(batch, torch.optim.AdamW(pipe.parameters(), lr=0.01))
+    train(unsplit, batch, loss, torch.optim.AdamW(unsplit.parameters(), lr=0.01), 8, held, 2, rule, 2 if grouped else 1)
+    for key, p in unsplit.named_parameters():
+        assert torch.equal(model.get_parameter(key), p), key
+    assert torch.equal(pipe.evaluate(batch), pipe.evaluate(batch)), "evaluation reads the last version"
+
+
+class Checkpointed(nn.Module):
+    """Its inside is computed again in the backward: with the weights of the forward, or gradients are wrong."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(lambda v, layer=layer: torch.tanh(layer(v)), x, use_reentrant=self.reentrant)
+        return x
+
+
+def make_checkpointed(reentrant: bool) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(8, 8), *[Checkpointed(reentrant) for _ in range(2)])
+    return first, (torch.randn(8, 8), torch.randn(8, 8))
+
+
+def distance(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_reads_the_same_version(reentrant: bool) -> None:
+    model, batch = make_checkpointed(reentrant)
+    unsplit, _ = make_checkpointed(reentrant)
+    options = {"schedule": "pipedream", "loss": distance, "costs": "estimate", "check": False}
+    pipe = pipecompile.compile(model, batch, stages=2, microbatches=8, **options)
+    held = {key: stage for stage in range(2) for key in pipe.plan.holds[stage]}
+    pipe.step(batch, torch.optim.SGD(pipe.parameters(), lr=0.5))
+    rule, _ = RULES["pipedream"]
+    train(unsplit, batch, distance, torch.optim.SGD(unsplit.parameters(), lr=0.5), 8, held, 2, rule, 1)
+    for key, p in unsplit.named_parameters():
+        assert torch.allclose(model.get_parameter(key), p, rtol=1e-6, atol=1e-7), key
+
+
+def test_what_a_user_must_give(tmp_path: Any) -> None:
+    model, batch, loss = mlp()
+    options = {"loss": loss, "costs": "estimate", "check": False}
+    pipe = pipecompile.compile(model, batch, stages=2, microbatches=4, schedule="pipedream", **options)
+    assert pipe.updates
+    with pytest.raises(
+        ScheduleError, match=r"pipedream updates weights inside a step; give step\(batch, optimizer\), or"
+    ):
+        pipe.step(batch)
+    foreign = torch.optim.SGD(mlp()[0].parameters(), lr=0.1)
+    with pytest.raises(ScheduleError, match=r"none of this pipe's parameters; make it of pipe.parameters\(\)"):
+        pipe.step(batch, foreign)
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
+    hook = pipe.parameters()[0].register_hook(lambda gradient: None)
+    with pytest.raises(RuntimeFault, match=r"a parameter of shape \(32, 32\) has a hook, .*; take the hook off, or"):
+        pipe.step(batch, optimizer)
+    hook.remove()
+    pipe.step(batch, optimizer)
+    with pytest.raises(ScheduleError, match="pipedream updates weights inside a step, which torch's pipelining has no"):
+        write_csv(make_timetable("pipedream", Shape(2, 2, 4)), tmp_path / "x.csv")
+    flushing = pipecompile.compile(model, batch, stages=2, microbatches=4, **options)
+    assert not flushing.updates
+    with pytest.raises(ScheduleError, match=r"1f1b leaves the gradients in .grad; call step\(batch\) alone, then"):
+        flushing.step(batch, optimizer)
+
+
+def test_replicas_are_refused() -> None:
+    program = communicate(make_timetable("pipedream", Shape(2, 2, 4)), chain(2))
+    with pytest.raises(ScheduleError, match="pipedream updates weights inside a step and is not run in replicas; use one"):
+        for_replicas(program, 2)
+
+
+def test_a_sum_over_a_weight_is_refused() -> None:
+    model, batch, _ = mlp()
+
+    def weighted(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return F.mse_loss(model(batch[0]), batch[1], reduction="sum"), (batch[1] > 0).sum()
+
+    with pytest.raises(
+        ScheduleError, match="before the last microbatch, so it cannot divide by the weight of all of them"
+    ):
+        pipecompile.compile(
+            model, batch, stages=2, microbatches=4, schedule="pipedream", loss=weighted, costs="estimate", check=False
+        )

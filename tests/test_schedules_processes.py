@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scheduled import FLUSHING
+from tests.scheduled import FLUSHING, UPDATING
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
@@ -39,7 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("schedule", FLUSHING)
+@pytest.mark.parametrize("schedule", [*FLUSHING, *UPDATING])
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_on_every_rank(found: list[dict[str, str]], name: str, schedule: str) -> None:
     for rank, wrong in enumerate(found):

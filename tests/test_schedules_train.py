@@ -7,8 +7,19 @@ from pathlib import Path
 import pytest
 
 import pipecompile
+from tests.asynchronous import Version
 from tests.oracle import Outcome, assert_same
-from tests.scheduled import FLUSHING, MICROBATCHES, case, check, little_effort, per_rank, unsplit
+from tests.scheduled import (
+    FLUSHING,
+    MICROBATCHES,
+    UPDATING,
+    case,
+    check,
+    check_updates,
+    little_effort,
+    per_rank,
+    unsplit,
+)
 
 OWN = """
 def mine(shape):
@@ -49,6 +60,25 @@ def train(name: str, schedule: str, stages: int, ranks: int) -> pipecompile.Pipe
 @pytest.mark.parametrize("name", ["gpt2", "t5", "unet2d"])
 def test_exact_gradients(name: str, schedule: str) -> None:
     check(schedule, name, ranks=2 if per_rank(schedule) == 2 else 3)
+
+
+@pytest.mark.parametrize("schedule", UPDATING)
+@pytest.mark.parametrize("name", ["gpt2", "t5", "unet2d"])
+def test_exact_updates(name: str, schedule: str) -> None:
+    check_updates(schedule, name, ranks=4, microbatches=16)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rule"),
+    [
+        ("pipedream", lambda p, s, t: max(0, t - (p - s))),
+        ("pipedream", lambda p, s, t: max(0, t - p + 1)),
+        ("pipedream-2bw", lambda p, s, t: max(0, t // p - 2)),
+    ],
+)
+def test_the_oracle_tells_other_delays_apart(schedule: str, rule: Version) -> None:
+    with pytest.raises(AssertionError, match=r"instead of|differs by"):
+        check_updates(schedule, "gpt2", ranks=2, microbatches=8, rule=rule)
 
 
 @pytest.mark.parametrize("schedule", FLUSHING)

@@ -7,11 +7,13 @@ import pytest
 from pipecompile.cli import main
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Program, Shape, StageCost
+from pipecompile.ir.versions import updates
 from pipecompile.passes.communicate import chain, communicate
 from pipecompile.passes.schedules import find_schedule, make_timetable, schedule_names
 from pipecompile.passes.symbols import QUANTITIES, SYMBOLS, closed_forms, describe, holds, solve
 from pipecompile.simulate import simulate
 from pipecompile.timeline import computations
+from tests.test_pipedream import most_held
 
 WITH_FORMS = [name for name in schedule_names() if find_schedule(name).forms]
 ACTIVATION, GRADIENT = 7, 5  # bytes
@@ -42,6 +44,7 @@ def measured(program: Program, times: tuple[int, int, int]) -> dict[str, float]:
             whole = one.op == "BACKWARD" and (one.stage, one.microbatch) not in split
             held -= one.op == "BACKWARD_WEIGHT" or whole
         found[f"activations {rank}"] = peak
+        found[f"versions {rank}"] = max(most_held(program.rows, rank)) if updates(program.rows) else 1
     return found
 
 
@@ -67,7 +70,7 @@ def test_forms_are_what_the_simulation_gives(name):
                         continue
                     checked[quantity] += 1
                     formula = float(forms[quantity].subs(values))
-                    counted = result[f"activations {rank}" if quantity == "activations" else quantity]
+                    counted = result[f"{quantity} {rank}" if quantity in ("activations", "versions") else quantity]
                     if found.forms.exact or quantity not in ("idle", "bubble"):
                         if quantity == "activations" and name in ("v-half", "v-min", "zb-v"):
                             counted = max(result[f"activations {r}"] for r in range(p))

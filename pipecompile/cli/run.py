@@ -118,9 +118,12 @@ def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> 
     losses: list[float] = []
     for taken in range(options.steps):
         torch.manual_seed(pipe.steps)
-        loss = pipe.step(file.batch())
-        optimizer.step()
-        optimizer.zero_grad()
+        if pipe.updates:
+            loss = pipe.step(file.batch(), optimizer)
+        else:
+            loss = pipe.step(file.batch())
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(float(loss))
         if pipe.rank == 0 and not options.json and _is_told(taken, options.steps):
             print(f"step {pipe.steps - 1:4}  loss {losses[-1]:.6f}", flush=True)

@@ -31,6 +31,10 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
     from pipecompile.pipe import open_build
 
     pipe, model, file = open_build(options.build, options.trust, local=True)
+    order = pipe.plan.schedule
+    if pipe.updates:
+        pipe = pipe.flushing(model)
+        order += f", which leaves no gradient of a step, compared under {pipe.program.schedule}"
     steps = _compare(pipe, model, file)
     bad = worst([difference for _, found in steps for difference in found])
     if options.json:
@@ -46,7 +50,7 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
     verdict = (
         "equal to the unsplit model" if bad.ok else f"DIFFERENT from the unsplit model: {bad.name}, {bad.error:.1e}"
     )
-    print(f"{verdict} ({pipe.plan.schedule}, {len(pipe.plan.stages)} stages, {pipe.plan.microbatches} microbatches)")
+    print(f"{verdict} ({order}, {len(pipe.plan.stages)} stages, {pipe.plan.microbatches} microbatches)")
     return 0 if bad.ok else 1
 
 

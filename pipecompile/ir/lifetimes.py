@@ -27,11 +27,13 @@ Arrivals = dict[tuple[int, int], dict[Channel, int]]
 def interleave(program: Program) -> list[tuple[int, int]]:
     """All instructions as (rank, position) in an order in which nothing is received before it is sent.
 
-    Ranks take turns, each going on until it would wait. ProgramError if all wait for each other.
+    Ranks take turns, each going on until it would wait; they update a shared parameter together. ProgramError if all
+    wait for each other.
     """
     placement = program.shape.placement
     position = [0] * len(program.rows)
     mail: dict[Channel, deque[None]] = defaultdict(deque)
+    updating: dict[tuple[tuple[str, ...], int], set[int]] = defaultdict(set)
     order: list[tuple[int, int]] = []
     moved = True
     while moved:
@@ -46,6 +48,11 @@ def interleave(program: Program) -> list[tuple[int, int]]:
                     if not waiting:
                         break
                     waiting.popleft()
+                elif one.op == "UPDATE":
+                    here = updating[one.values, one.version]
+                    here.add(rank)
+                    if not here.issuperset(placement[peer] for peer in one.peers):
+                        break
                 order.append((rank, position[rank]))
                 position[rank] += 1
                 moved = True

@@ -44,7 +44,7 @@ COMPUTE = {"FORWARD": "F", "BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEI
 SENDS = ("SEND_F", "SEND_B")
 RECEIVES = ("RECV_F", "RECV_B")
 SUMS = ("REDUCE_GRAD", "REDUCE_REPLICAS")
-OPS = (*COMPUTE, *SENDS, *RECEIVES, *SUMS)
+OPS = (*COMPUTE, *SENDS, *RECEIVES, *SUMS, "UPDATE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,9 @@ class Instruction:
 
     ``values`` are the tensors of a message, or the shared parameters of a REDUCE_GRAD, whose ``peers`` are the stages
     on other ranks that hold them too. REDUCE_REPLICAS sums the stage's other gradients over the replicas of the program;
-    REDUCE_GRAD sums over them as well. Sums have microbatch -1.
+    REDUCE_GRAD sums over them as well. Sums have microbatch -1. UPDATE steps the optimizer inside a step, with the
+    gradients up to ``microbatch``, on the stage's own parameters or on the shared ones in ``values``; ``version`` is the
+    one that it makes, or that a computation reads (-1: there is but one).
     """
 
     op: str
@@ -62,6 +64,7 @@ class Instruction:
     peer: int = -1
     values: tuple[str, ...] = ()
     peers: tuple[int, ...] = ()
+    version: int = -1
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -69,9 +72,13 @@ class Instruction:
 
     def __str__(self) -> str:
         if self.op in COMPUTE:
-            return f"{self.stage}{COMPUTE[self.op]}{self.microbatch}"
+            version = f"@{self.version}" if self.version >= 0 else ""
+            return f"{self.stage}{COMPUTE[self.op]}{self.microbatch}{version}"
         if self.op in SUMS:
             return f"{self.stage}{self.op}"
+        if self.op == "UPDATE":
+            shared = f"({','.join(self.values)})" if self.values else ""
+            return f"{self.stage}UPDATE{self.microbatch}@{self.version}{shared}"
         return f"{self.stage}{self.op}{self.microbatch}{'>' if self.op in SENDS else '<'}{self.peer}"
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +91,8 @@ class Instruction:
             whole["values"] = list(self.values)
         if self.peers:
             whole["peers"] = list(self.peers)
+        if self.version >= 0:
+            whole["version"] = self.version
         return whole
 
 
@@ -93,7 +102,7 @@ def _lines(rows: tuple[tuple[Instruction, ...], ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Timetable:
-    """The compute instructions of each rank in order, without communication."""
+    """The compute instructions (and updates) of each rank in order, without communication."""
 
     schedule: str
     shape: Shape
@@ -141,6 +150,7 @@ class Program:
                         peer=one.get("peer", -1),
                         values=tuple(one.get("values", ())),
                         peers=tuple(one.get("peers", ())),
+                        version=one.get("version", -1),
                     )
                     for one in row
                 )

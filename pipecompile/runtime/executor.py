@@ -78,6 +78,7 @@ class Executor:
             "RECV_F": self._receive,
             "RECV_B": self._receive,
             "REDUCE_GRAD": reduce,
+            "UPDATE": no_update,
         }
         self.steps = [
             Step(handlers[one.op], operand, row.rank, position, one)
@@ -94,6 +95,11 @@ class Executor:
         self._slots: list[Any] = []
         self._microbatches: Sequence[Any] = ()
         self._seed: Tensor | None = None
+
+    def weigh(self, microbatches: int) -> None:
+        """The next backward begins with the gradient of a mean over so many microbatches."""
+        if self.losses is not None:
+            self._seed = torch.ones_like(self.losses) / microbatches
 
     def begin(self, microbatches: Sequence[Any]) -> None:
         """Forget the last step; ``microbatches`` are the next one's."""
@@ -205,6 +211,10 @@ class Executor:
     def _receive(self, op: Transmit) -> None:
         for slot, value in zip(op.slots, self._transport.receive(op.message)):
             self._slots[slot] = value
+
+
+def no_update(operand: Any) -> None:
+    raise RuntimeFault("this program updates weights inside a step; run it with Versions")
 
 
 def fault(step: Step, error: Exception) -> RuntimeFault:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipecompile.ir import Program, StagePlan
+from pipecompile.ir.versions import updates
 from pipecompile.runtime.executor import Executor, Step, fault
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.messages import by_index, interleave
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.transport import Mailboxes, Transport
+from pipecompile.runtime.versions import Versions
 from pipecompile.runtime.wiring import Reduce, wire
 
 
@@ -43,33 +46,44 @@ class LocalRuntime:
             )
             for rank in range(program.shape.ranks)
         ]
+        self._versions = Versions(program, stages, found, None) if updates(program.rows) else None
+        if self._versions is not None:
+            for executor in self._ranks:
+                executor.steps = self._versions.steps(executor)
         self._steps = [self._ranks[rank].steps[position] for rank, position in interleave(program, found)]
         shared = shared_parameters(stages, found)
         self._copies = [tensors for tensors in shared.values() if len(tensors) > 1]
         everything = [list(stage.parameters()) for stage in stages.values()]
-        self._apart = Apart(p for several in (everything if weight else self._copies) for p in several)
+        apart = everything if weight or self._versions is not None else self._copies
+        self._apart = Apart(p for several in apart for p in several)
 
     def before_forward(self, hook: Callable[[int], None]) -> None:
         """Call ``hook(microbatch)`` before each forward of a stage."""
         for executor in self._ranks:
             executor.before_forward = hook
 
-    def step(self, batch: Any) -> Tensor:
-        """The loss of ``batch``, 0-dim and detached; gradients are added to the parameters' ``.grad``.
+    def step(self, batch: Any, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+        """The loss of ``batch``, 0-dim and detached; gradients are added to the parameters' ``.grad``, or used up by
+        ``optimizer`` where the program updates weights.
 
         The loss is the mean over the microbatches, or sum(loss) / sum(weight) with a weight. RuntimeFault names the
         instruction that failed, BatchError what does not fit in the batch.
         """
-        return self.run(split(batch, self._microbatches))
+        return self.run(split(batch, self._microbatches), optimizer=optimizer)
 
     def run(
-        self, microbatches: Sequence[Any], around: Callable[[Step], AbstractContextManager[None]] | None = None
+        self,
+        microbatches: Sequence[Any],
+        around: Callable[[Step], AbstractContextManager[None]] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> Tensor:
         """``step`` for a batch in pieces; each instruction runs within ``around`` of it."""
         for executor in self._ranks:
             executor.begin(microbatches)
         self._mail.begin()
         self._apart.begin()
+        if self._versions is not None:
+            self._versions.begin(optimizer)
         step = self._steps[0]
         try:
             for step in self._steps:

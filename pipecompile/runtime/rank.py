@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Program, Spec, StagePlan
+from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Meeting
 from pipecompile.runtime.executor import Executor, Ran, timed, told
 from pipecompile.runtime.faults import check_in
@@ -23,6 +24,7 @@ from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.sentry import Sentry
 from pipecompile.runtime.sigterm import outlive_sigterm
+from pipecompile.runtime.versions import Versions
 from pipecompile.runtime.wiring import Reduce, wire
 
 _made = itertools.count()
@@ -77,21 +79,28 @@ class RankRuntime:
         self._executor = Executor(row, self._channels, self._reduce, self._microbatches, not weight)
         self._shared = shared_parameters(stages, found)
         everything = [list(stage.parameters()) for stage in stages.values()]
-        self._apart = Apart(p for several in (everything if weight else self._shared.values()) for p in several)
+        self._versions = Versions(program, stages, found, self._sum_now) if updates(program.rows) else None
+        if self._versions is not None:
+            self._executor.steps = self._versions.steps(self._executor)
+        apart = everything if weight or self._versions is not None else self._shared.values()
+        self._apart = Apart(p for several in apart for p in several)
         self._sums: list[tuple[Any, list[Tensor], Tensor]] = []
 
     def before_forward(self, hook: Callable[[int], None]) -> None:
         """Call ``hook(microbatch)`` before each forward of a stage."""
         self._executor.before_forward = hook
 
-    def step(self, batch: Any, ran: list[Ran] | None = None) -> Tensor:
-        """The loss of ``batch`` on every rank; the gradients of this rank's stages are added to their ``.grad``.
+    def step(self, batch: Any, ran: list[Ran] | None = None, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+        """The loss of ``batch`` on every rank; the gradients of this rank's stages are added to their ``.grad``, or used
+        up by ``optimizer`` where the program updates weights.
 
         ``ran`` gets this rank's instructions with the times at which they began and ended.
         """
         self._check_alive()
         self._executor.begin(split(batch, self._microbatches))
         self._apart.begin()
+        if self._versions is not None:
+            self._versions.begin(optimizer)
         words = self._sentry.words
         words[STEP] += 1
         words[PLACE] = BEGINNING
@@ -157,6 +166,11 @@ class RankRuntime:
                 work = dist.all_reduce(gradient, group=self._reducing[op.ranks], async_op=True)
                 self._sums.append((work, copies, gradient))
 
+    def _sum_now(self, gradient: Tensor, ranks: tuple[int, ...]) -> None:
+        """Add what the other ranks have, and wait for it."""
+        work = dist.all_reduce(gradient, group=self._reducing[ranks], async_op=True)
+        wait_for(work, self._timeout, "the ranks that share a parameter")
+
     def _fail(self, error: Exception) -> RuntimeFault:
         """Make the first cause known, or hear of it, and let go of everyone who waits for this rank."""
         mine = f"{self._sentry.place()}: {told(error)}"
@@ -181,7 +195,7 @@ def _reduce_groups(program: Program, rank: int, timeout: timedelta) -> dict[tupl
         tuple(sorted({placement[one.stage], *(placement[peer] for peer in one.peers)}))
         for row in program.rows
         for one in row
-        if one.op == "REDUCE_GRAD"
+        if one.op in ("REDUCE_GRAD", "UPDATE") and one.peers
     }
     groups = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in sorted(sets)}
     return {ranks: group for ranks, group in groups.items() if rank in ranks}

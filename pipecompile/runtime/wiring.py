@@ -78,7 +78,17 @@ class Reduce:
     ranks: tuple[int, ...]
 
 
-Operand = Forward | Backward | Transmit | Reduce
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Make ``version`` of the stage's own weights, or of the shared parameters in ``values``, which ``ranks`` hold."""
+
+    stage: int
+    version: int
+    values: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+Operand = Forward | Backward | Transmit | Reduce | Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +146,10 @@ class _Wiring:
             return self._backward(one)
         if one.op in (*SENDS, *RECEIVES):
             return self._transmit(one)
-        ranks = sorted({self.rank, *(self.placement[peer] for peer in one.peers)})
-        return Reduce(one.values, tuple(ranks))
+        ranks = tuple(sorted({self.rank, *(self.placement[peer] for peer in one.peers)}))
+        if one.op == "UPDATE":
+            return Update(one.stage, one.version, one.values, ranks)
+        return Reduce(one.values, ranks)
 
     def _key(self, kind: str, source: int, target: int, microbatch: int, name: str = "") -> Key:
         return kind, source, target, microbatch, name
