@@ -1,7 +1,7 @@
 """What a rank holds where weights are updated inside a step: older versions of them, gradients that wait.
 
-    update     + the trainable parameters, for each older version of them that a microbatch still reads
-    backward   + a shared parameter's gradient, for each group of microbatches more than one whose update waits for others
+update     + the trainable parameters, for each older version of them that a microbatch still reads
+backward   + a shared parameter's gradient, for each group of microbatches more than one whose update waits for others
 """
 
 from __future__ import annotations

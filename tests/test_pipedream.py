@@ -205,7 +205,9 @@ def test_what_a_user_must_give(tmp_path: Any) -> None:
 
 def test_replicas_are_refused() -> None:
     program = communicate(make_timetable("pipedream", Shape(2, 2, 4)), chain(2))
-    with pytest.raises(ScheduleError, match="pipedream updates weights inside a step and is not run in replicas; use one"):
+    with pytest.raises(
+        ScheduleError, match="pipedream updates weights inside a step and is not run in replicas; use one"
+    ):
         for_replicas(program, 2)
 
 
