@@ -1,10 +1,13 @@
 """Our runtime beside ``torch.distributed.pipelining``: ``python benchmarks/runtime.py [--json] [--only WORD] [--steps N]``.
 
-Two real processes, gloo, one thread each; the same four blocks, the same split, the same schedule and microbatches,
-steps of both in turn, the medians of paired ratios. ``small`` takes about 0.15 ms for the forward of a stage and
-microbatch, ``big`` 5 ms. ``ideal_s`` is the makespan of our own compute times, each the median of what ran, if messages
-took no time. torch's interleaved zero bubble has two stages a rank; beside it stands our zb-h1 with the same blocks, two
-in a stage. ``accumulation_s``: one process with as many threads, gradient accumulation, no pipeline.
+Two real processes of one host, one thread each; the same four blocks, the same split, the same schedule and microbatches,
+steps of each in turn, the medians of paired ratios; before they are timed, their gradients are compared. Our messages go
+through shared memory, as they do between processes of one host; ``gloo_s`` are the same steps with our messages through
+gloo, which torch's always take. ``small`` takes about 0.15 ms for the forward of a stage and microbatch, ``big`` 5 ms.
+``ideal_s`` is the makespan of our own compute times, each the median of what ran, if messages took no time. torch's
+interleaved zero bubble has two stages a rank; beside it stands our zb-h1 with the same blocks, two in a stage.
+``accumulation_s``: one process with as many threads, gradient accumulation, no pipeline. The exit code is 1 if a ratio
+is above its bar: 0.6 for small cases, 0.9 for big ones, and 1.2 over the ideal (1F1B, big).
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import json
 import os
 import socket
 import statistics
+import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +48,8 @@ class Size:
     layers: int
 
 
+BARS = {"small": 0.6, "big": 0.9}
+IDEAL_BAR = 1.2
 SIZES = {"small": Size(16, 128, 2), "big": Size(128, 512, 4)}
 SCHEDULES = {
     # ours: torch's class, blocks in a stage of ours, of torch's
@@ -75,8 +82,8 @@ class Part(nn.Module):
 class Ours:
     """A step of our runtime."""
 
-    def __init__(self, rank: int, schedule: str, size: Size, microbatches: int) -> None:
-        each = SCHEDULES[schedule][1]
+    def __init__(self, rank: int, schedule: str, size: Size, microbatches: int, shared_memory: bool = True) -> None:
+        self.each = each = SCHEDULES[schedule][1]
         stages = BLOCKS // each
         hidden = Spec((size.rows, size.width), "float32", True)
         loss = Spec((), "float32", True)
@@ -94,7 +101,9 @@ class Ours:
             s: Part([block(size, s * each + i) for i in range(each)], s == 0, s == stages - 1)
             for s in self.program.shape.stages_of(rank)
         }
-        self.runtime = RankRuntime(self.program, rank, self.parts, plans, loss="loss", timeout_s=60)
+        self.runtime = RankRuntime(
+            self.program, rank, self.parts, plans, loss="loss", timeout_s=60, shared_memory=shared_memory
+        )
 
     def step(self, batch: dict[str, Tensor]) -> None:
         self.runtime.step(batch)
@@ -102,6 +111,10 @@ class Ours:
     def clear(self) -> None:
         for part in self.parts.values():
             part.zero_grad()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By block and parameter."""
+        return _gradients((s * self.each + i, b) for s, part in self.parts.items() for i, b in enumerate(part.blocks))
 
     def ideal_s(self, batch: dict[str, Tensor]) -> float:
         """The makespan of the compute times of three steps."""
@@ -139,7 +152,8 @@ class Torchs:
     """A step of torch's."""
 
     def __init__(self, rank: int, schedule: str, size: Size, microbatches: int) -> None:
-        make, _, each = SCHEDULES[schedule]
+        make, _, self.each = SCHEDULES[schedule]
+        each = self.each
         stages = BLOCKS // each
         placement = [s % RANKS for s in range(stages)] if schedule != "zb-v" else [0, 1, 1, 0]
         self.mine = [s for s in range(stages) if placement[s] == rank]
@@ -163,6 +177,25 @@ class Torchs:
         for module in self.modules:
             module.zero_grad()
 
+    def gradients(self) -> dict[str, Tensor]:
+        """By block and parameter."""
+        return _gradients((s * self.each + i, b) for s, m in zip(self.mine, self.modules) for i, b in enumerate(m))
+
+
+def _gradients(blocks: Iterable[tuple[int, nn.Module]]) -> dict[str, Tensor]:
+    return {f"{i} {name}": p.grad for i, b in blocks for name, p in b.named_parameters() if p.grad is not None}
+
+
+def compare(ours: Ours, torchs: Torchs) -> None:
+    """SystemExit unless the blocks that this rank has in both have the same gradients."""
+    mine, theirs = ours.gradients(), torchs.gradients()
+    both = mine.keys() & theirs.keys()
+    if not both:
+        raise SystemExit("the two runtimes have no block in common on this rank: nothing can be compared")
+    for name in both:
+        if (mine[name] - theirs[name]).abs().max() > 1e-5 * theirs[name].abs().max():
+            raise SystemExit(f"the gradients of block {name} differ: the two do not compute the same")
+
 
 def seconds(runner: Ours | Torchs, batch: dict[str, Tensor]) -> float:
     """One step, until the slower rank is done."""
@@ -180,19 +213,25 @@ def measure(rank: int, schedule: str, name: str, microbatches: int, steps: int) 
     torch.manual_seed(99)
     shape = (size.rows * microbatches, size.width)
     batch = {"x": torch.randn(shape), "y": torch.randn(shape)}
-    ours, torchs = Ours(rank, schedule, size, microbatches), Torchs(rank, schedule, size, microbatches)
-    for runner in (ours, torchs):
+    case = (rank, schedule, size, microbatches)
+    ours, gloo, torchs = Ours(*case), Ours(*case, shared_memory=False), Torchs(*case)
+    every = (ours, torchs, gloo)
+    for runner in every:
         for _ in range(3):
             seconds(runner, batch)
-    pairs = [(seconds(ours, batch), seconds(torchs, batch)) for _ in range(steps)]
+    compare(ours, torchs)
+    compare(gloo, torchs)
+    times = [[seconds(runner, batch) for runner in every] for _ in range(steps)]
     return {
         "schedule": schedule,
         "size": name,
         "microbatches": microbatches,
-        "ours_s": statistics.median(mine for mine, _ in pairs),
-        "torch_s": statistics.median(theirs for _, theirs in pairs),
-        "ratio": statistics.median(mine / theirs for mine, theirs in pairs),
+        "ours_s": statistics.median(mine for mine, _, _ in times),
+        "torch_s": statistics.median(theirs for _, theirs, _ in times),
+        "ratio": statistics.median(mine / theirs for mine, theirs, _ in times),
         "ideal_s": ours.ideal_s(batch),
+        "gloo_s": statistics.median(slow for _, _, slow in times),
+        "gloo_ratio": statistics.median(slow / theirs for _, theirs, slow in times),
     }
 
 
@@ -224,7 +263,7 @@ def work(rank: int, port: int, chosen: list[tuple[str, str, int]], steps: int, r
     os._exit(0)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--only", default="", help="cases whose 'schedule size microbatches' contains this")
@@ -247,7 +286,8 @@ def main() -> None:
             print(
                 "{schedule:>17} {size:5} M={microbatches:<3} ours {ours_s:.5f} s  torch {torch_s:.5f} s  "
                 "ratio {ratio:.3f}".format(**case)
-                + f"  over ideal {case['ours_s'] / case['ideal_s']:.3f}",
+                + f"  over ideal {case['ours_s'] / case['ideal_s']:.3f}  through gloo {case['gloo_s']:.5f} s, "
+                f"ratio {case['gloo_ratio']:.3f}",
                 flush=True,
             )
     started.join()
@@ -257,10 +297,21 @@ def main() -> None:
     ]
     if options.json:
         print(json.dumps({"cases": cases, "one_process": alone}))
-    else:
-        for one in alone:
-            print("one process, two threads: {size:5} M={microbatches:<3} {accumulation_s:.5f} s".format(**one))
+        return int(any(map(missed, cases)))
+    for one in alone:
+        print("one process, two threads: {size:5} M={microbatches:<3} {accumulation_s:.5f} s".format(**one), end="")
+        same = [c for c in cases if (c["size"], c["microbatches"]) == (one["size"], one["microbatches"])]
+        print("".join(f"  {c['schedule']} {one['accumulation_s'] / c['ours_s']:.2f} times as fast" for c in same))
+    above = ["{schedule} {size} M={microbatches}".format(**case) for case in cases if missed(case)]
+    print(f"above the bar: {', '.join(above) or 'none'}")
+    return int(bool(above))
+
+
+def missed(case: dict[str, Any]) -> bool:
+    """Whether a case is above its bars."""
+    over_ideal = case["ours_s"] / case["ideal_s"] if (case["schedule"], case["size"]) == ("1f1b", "big") else 0
+    return case["ratio"] > BARS[case["size"]] or over_ideal > IDEAL_BAR
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
