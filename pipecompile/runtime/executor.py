@@ -26,6 +26,7 @@ from pipecompile.ir import Instruction
 from pipecompile.runtime.places import at
 from pipecompile.runtime.split_backward import Known, input_half, weight_half
 from pipecompile.runtime.transport import Transport
+from pipecompile.runtime.whole_backward import Summed
 from pipecompile.runtime.wiring import Backward, Forward, Reduce, Result, Row, Transmit
 
 Handler = Callable[[Any], None]
@@ -88,6 +89,7 @@ class Executor:
         self.weights: Tensor | None = None
         self.before_forward: Callable[[int], None] | None = None
         self._graphs: defaultdict[int, Known] = defaultdict(Known)
+        self._wholes: defaultdict[int, Summed] = defaultdict(Summed)
         self._trains = any(one.op.startswith("BACKWARD") for one in row.instructions)
         self._transport = transport
         self._divisor = microbatches if mean else 1
@@ -165,7 +167,7 @@ class Executor:
         leaves, edges, loss_edge = self._take(op.kept)
         roots, gradients = self._roots(edges, loss_edge)
         if roots:
-            torch.autograd.backward(roots, gradients)
+            self._wholes[op.index].backward(roots, gradients, leaves)
         self._hand_back(op, leaves, [leaf.grad for leaf in leaves])
 
     def _backward_input(self, op: Backward) -> None:

@@ -53,7 +53,7 @@ def input_half(
     inputs = [get_gradient_edge(leaf) for leaf in leaves]
     structure, nodes, rest = _prepare(roots, inputs, known or Known())
     others = [nodes[number] for number in structure.others]
-    if structure.whole or _hooked(others) or any(_hooked(target for target, _ in targets) for _, targets, _ in rest):
+    if structure.whole or hooked(others) or any(hooked(target for target, _ in targets) for _, targets, _ in rest):
         torch.autograd.backward(roots, gradients)
         return [leaf.grad for leaf in leaves], []
     wanted = [*inputs, *(GradientEdge(node, 0) for node in others), *(GradientEdge(node, 0) for node, _, _ in rest)]
@@ -61,7 +61,7 @@ def input_half(
     first, last = len(inputs), len(inputs) + len(others)
     for node, gradient in zip(others, found[first:last]):
         if gradient is not None:
-            _add(node.variable, gradient, owned=False)
+            add_gradient(node.variable, gradient, owned=False)
     arrived = zip(rest, found[last:])
     return list(found[:first]), [(targets, formula, g) for (_, targets, formula), g in arrived if g is not None]
 
@@ -88,7 +88,8 @@ def _prepare(
         structure = None
 
 
-def _hooked(accumulators: Any) -> bool:
+def hooked(accumulators: Any) -> bool:
+    """Whether a parameter of the accumulators has hooks, which must see its gradient whole."""
     for node in accumulators:
         parameter = node.variable
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
@@ -112,14 +113,14 @@ def weight_half(rest: Rest) -> None:
                     gradient = gradient.compute()
                 value = (gradient.t() if transposed else gradient).to(parameter.device, parameter.dtype)
                 if uses[target] == 1:
-                    _add(parameter, value, owned=value.shape != arrived.shape)
+                    add_gradient(parameter, value, owned=value.shape != arrived.shape)
                 else:
                     sums[target] = sums[target] + value if target in sums else value
     for target, value in sums.items():
-        _add(target.variable, value, owned=False)
+        add_gradient(target.variable, value, owned=False)
 
 
-def _add(parameter: Tensor, gradient: Tensor, owned: bool) -> None:
+def add_gradient(parameter: Tensor, gradient: Tensor, owned: bool) -> None:
     """What autograd does at a parameter. ``owned``: nobody else has the tensor, so it may become ``.grad``."""
     if parameter.grad is not None:
         parameter.grad.add_(gradient)

@@ -118,6 +118,8 @@ def _embedding(node: Any, bias: bool) -> Gradients | None:
     return lambda gradient: (torch.ops.aten.embedding_dense_backward.default(gradient, indices, rows, padding, scaled),)
 
 
+PRODUCTS = (_addmm, _mm)
+"""The formulas whose first gradient is a Product."""
 FORMULAS: dict[str, tuple[tuple[int, ...], Formula]] = {
     "AddmmBackward0": ((2, 0), _addmm),
     "MmBackward0": ((1,), _mm),
