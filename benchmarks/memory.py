@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ RANKS, MICROBATCHES, HIGHEST = 4, 8, 1.10
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved-1f1b": 2, "zb-h1": 1}
 """Stages of each rank."""
 WIDTH, LAYERS, LENGTH, VOCABULARY, ROWS = 128, 8, 64, 512, 2
+
+
+Case = tuple[str, str, int, int]
+"""Model, schedule, layers, microbatches."""
 
 
 def gpt2(layers: int) -> nn.Module:
@@ -101,17 +106,34 @@ def shared_memory(pipe: pipecompile.Pipe) -> list[Tensor]:
     return [view for sender in senders for views in sender._views for view in views if view is not None]
 
 
-def work(rank: int, port: int, chosen: list[tuple[str, str]], layers: int, results: Any) -> None:
+def work(rank: int, port: int, chosen: list[Case], results: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     torch.set_num_threads(1)
     connect(timeout_s=120)
-    for name, schedule in chosen:
+    for case in chosen:
         found: list[Any] = [None] * RANKS
-        dist.all_gather_object(found, measure(name, schedule, layers))
+        dist.all_gather_object(found, measure(*case))
         if rank == 0:
             results.put(found)
     dist.barrier()
     os._exit(0)
+
+
+def run(chosen: list[Case]) -> Iterator[list[tuple[int, int]]]:
+    """Forecast and measured peak of each rank, for one case after the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = mp.get_context("fork").SimpleQueue()
+    gpt2(1), llama(1)  # imports what the processes need before they are forked
+    with tempfile.TemporaryDirectory() as cache:  # costs measured under load are no use to anybody
+        os.environ["XDG_CACHE_HOME"] = cache
+        started = mp.start_processes(work, (port, chosen, results), nprocs=RANKS, join=False, start_method="fork")
+        for _ in chosen:
+            while results.empty():  # a process that fails raises here
+                started.join(timeout=0.1)
+            yield results.get()
+        started.join()
 
 
 def main() -> None:
@@ -120,32 +142,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose 'model schedule' contains one of these")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"layers of each model (default {LAYERS})")
     options = parser.parse_args()
-    every = [(name, schedule) for name in MODELS for schedule in SCHEDULES]
-    chosen = [case for case in every if any(word in " ".join(case) for word in options.only)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("fork").SimpleQueue()
-    with tempfile.TemporaryDirectory() as cache:  # costs measured under load are no use to anybody
-        os.environ["XDG_CACHE_HOME"] = cache
-        gpt2(1), llama(1)  # imports what the processes need before they are forked
-
-        arguments = (port, chosen, options.layers, results)
-        started = mp.start_processes(work, arguments, nprocs=RANKS, join=False, start_method="fork")
-        rows = []
-        for name, schedule in chosen:
-            while results.empty():  # a process that fails raises here
-                started.join(timeout=0.1)
-            for rank, (forecast, measured) in enumerate(results.get()):
-                row = {"model": name, "schedule": schedule, "rank": rank, "forecast": forecast, "measured": measured}
-                rows.append(row | {"ratio": forecast / measured})
-                if not options.json:
-                    print(
-                        f"{name:5} {schedule:17} rank {rank}  forecast {forecast / 2**20:7.2f} MiB  "
-                        f"measured {measured / 2**20:7.2f} MiB  ratio {forecast / measured:.3f}",
-                        flush=True,
-                    )
-        started.join()
+    every = [(name, schedule, options.layers, MICROBATCHES) for name in MODELS for schedule in SCHEDULES]
+    chosen = [case for case in every if any(word in " ".join(case[:2]) for word in options.only)]
+    rows = []
+    for (name, schedule, *_), found in zip(chosen, run(chosen)):
+        for rank, (forecast, measured) in enumerate(found):
+            row = {"model": name, "schedule": schedule, "rank": rank, "forecast": forecast, "measured": measured}
+            rows.append(row | {"ratio": forecast / measured})
+            if not options.json:
+                print(
+                    f"{name:5} {schedule:17} rank {rank}  forecast {forecast / 2**20:7.2f} MiB  "
+                    f"measured {measured / 2**20:7.2f} MiB  ratio {forecast / measured:.3f}",
+                    flush=True,
+                )
     ratios = [row["ratio"] for row in rows]
     if options.json:
         print(json.dumps({"rows": rows}))

@@ -46,7 +46,7 @@ class Compiled:
 
     def plan(self, source: Mapping[str, Any], note: str = "") -> Plan:
         """The plan; ``source`` says where the model came from, ``note`` is added to the graph's own."""
-        graph, partition = self.split.graph, self.split.partition
+        graph, partition, link = self.split.graph, self.split.partition, self.options.link
         return Plan(
             model=partition.graph,
             schedule=self.options.schedule,
@@ -69,6 +69,7 @@ class Compiled:
             opened=tuple(key for key in graph.opened if not key.startswith("@")),
             notes=(*graph.notes, *stage_notes(graph, self.bodies), *self.split.gains, *([note] if note else [])),
             source=source,
+            link=(link.latency_ms, link.bytes_per_ms) if link else (),
         )
 
     def why(self) -> tuple[str, ...]:

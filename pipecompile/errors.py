@@ -61,3 +61,7 @@ class PeerFault(RuntimeFault):
 
 class VerificationError(PipecompileError):
     """The pipeline's loss, a gradient or a buffer differs from the unsplit model's."""
+
+
+class TraceError(PipecompileError):
+    """A trace was asked for that cannot be made or written."""

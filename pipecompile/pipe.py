@@ -27,6 +27,7 @@ from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
 from pipecompile.runtime import (
     LocalRuntime,
+    Ran,
     RankRuntime,
     Stage,
     begin_microbatch,
@@ -122,7 +123,7 @@ class Pipe:
         found = {id(p): p for stage in self._stages.values() for p in stage.parameters()}
         return list(found.values())
 
-    def step(self, batch: Any, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+    def step(self, batch: Any, optimizer: torch.optim.Optimizer | None = None, ran: list[Ran] | None = None) -> Tensor:
         """The loss of a whole batch (0-dim, detached, the same on every rank); gradients are added to ``.grad``.
 
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
@@ -130,12 +131,13 @@ class Pipe:
         over ``parameters()``: after each microbatch, by the gradient of its loss, or after each group of as many
         microbatches as ranks, by that of their mean loss; gradients are used up. Microbatches read weights that are some
         updates old, as the schedule's own file states. A step begins and ends with one version of the weights.
+        ``ran`` gets the instructions that this process ran, with ``time.perf_counter`` when each began and ended.
 
         Raises BatchError for a batch of another shape than the compiled one, ScheduleError for an optimizer where none
         is used or none where one is, RuntimeFault for a failure on any rank.
         """
         check_optimizer(self.program, self.parameters(), optimizer)
-        value = self._run(batch, trains=True, optimizer=optimizer)
+        value = self._run(batch, trains=True, optimizer=optimizer, ran=ran)
         self.steps += 1
         return value
 
@@ -160,12 +162,14 @@ class Pipe:
         """Whether ``step`` updates weights itself and needs an optimizer."""
         return updates(self.program.rows)
 
-    def _run(self, batch: Any, trains: bool, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+    def _run(
+        self, batch: Any, trains: bool, optimizer: torch.optim.Optimizer | None = None, ran: list[Ran] | None = None
+    ) -> Tensor:
         self._check_batch(batch)
         self._check_mode()
         runtime = self._runtime(trains)
         with own_streams() if self.plan.random else nullcontext():
-            return runtime.step(batch, optimizer=optimizer)
+            return runtime.step(batch, ran, optimizer=optimizer)
 
     def _runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         if trains not in self._runtimes:

@@ -22,7 +22,7 @@ class Plan:
 
     ``inputs`` are the batch's tensors at one microbatch's size. ``holds`` are the FQNs of all parameters and buffers of
     each stage; ``random`` those of the modules that draw random numbers. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none). ``why`` explains the
-    cuts, line by line.
+    cuts, line by line. ``link`` is the latency in ms and the bytes/ms that the forecast counts with (empty: none).
     """
 
     model: str
@@ -46,6 +46,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+    link: tuple[float, ...] = ()
 
     @property
     def partition(self) -> Partition:
@@ -95,7 +96,7 @@ class Plan:
                 "bound_ms",
                 "bound_bytes",
             )
-            lists = ("placement", "random", "replicated", "opened", "notes", "why")
+            lists = ("link", "placement", "random", "replicated", "opened", "notes", "why")
             fields: dict[str, Any] = {name: whole[name] for name in (*plain, "source")}
             fields |= {name: tuple(whole[name]) for name in lists}
             return Plan(

@@ -1,13 +1,14 @@
-"""A forecast as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open: a track a rank, arrows for messages."""
+"""A forecast, and what ran, as traces that Perfetto (ui.perfetto.dev) and chrome://tracing open."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Forecast, Program
+from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Forecast, Instruction, Program
 
 COMPUTE_TRACK, MESSAGE_TRACK = 0, 1
+PLANNED_TRACK, RAN_TRACK = 0, 1
 US = 1000.0
 """Microseconds in a millisecond: traces count in microseconds."""
 
@@ -49,3 +50,29 @@ def chrome_trace(program: Program, forecast: Forecast, memory: Sequence[Sequence
             event = {"ph": "f", "bp": "e", "id": name, "name": name, "cat": "message", **place, "ts": start + length}
             events.append(event)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+Ran = tuple[Instruction, float, float]
+"""An instruction, and when it began and ended, in milliseconds from the start of the step."""
+
+
+def run_trace(program: Program, planned: Forecast, ran: Sequence[Sequence[Ran]]) -> dict[str, Any]:
+    """What was planned beside what ran: a process for each rank, with the planned computations on one track and the
+    instructions of ``ran`` (by rank) on the other, where a receive lasts as long as the rank waits for its message."""
+    events: list[dict[str, Any]] = []
+    for rank in range(program.shape.ranks):
+        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
+        for track, name in ((PLANNED_TRACK, "planned"), (RAN_TRACK, "ran")):
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": track, "args": {"name": name}})
+    for span in planned.spans:
+        one = program.rows[span.rank][span.position]
+        if one.op not in (*SENDS, *RECEIVES):
+            events.append(_whole(one, span.rank, PLANNED_TRACK, span.start_ms, span.end_ms))
+    for rank, row in enumerate(ran):
+        events += [_whole(one, rank, RAN_TRACK, start, end) for one, start, end in row]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _whole(one: Instruction, rank: int, track: int, start_ms: float, end_ms: float) -> dict[str, Any]:
+    place = {"pid": rank, "tid": track, "ts": start_ms * US, "dur": (end_ms - start_ms) * US}
+    return {"ph": "X", "name": str(one), "cat": one.op, **place, "args": one.to_json()}

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--resume", metavar="DIR", help="go on from the newest checkpoint that --save wrote there; "
                        "--steps more are taken")  # fmt: skip
     parser.add_argument("--local", action="store_true", help="run all ranks in this process")
+    parser.add_argument("--trace", metavar="FILE", help="write what was planned beside what ran in one step, for "
+                        "ui.perfetto.dev")  # fmt: skip
+    parser.add_argument("--trace-step", type=int, metavar="N", help="which of the steps, from 0 (default: the last)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that any wait may take (default 300)")
     parser.add_argument("--trust", action="store_true", help="accept a build whose files were changed")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -47,9 +50,10 @@ def _start_ranks(options: argparse.Namespace) -> int:
     command += ["-m", "pipecompile", "run", str(Path(options.build)), "--steps", str(options.steps)]
     command += ["--timeout", str(options.timeout)]
     command += [flag for flag in ("--trust", "--json") if getattr(options, flag[2:])]
-    for name in ("save", "save_every", "load", "resume"):
+    for name in ("save", "save_every", "load", "resume", "trace"):
         if value := getattr(options, name):
             command += [f"--{name.replace('_', '-')}", str(value)]
+    command += ["--trace-step", str(options.trace_step)] if options.trace_step is not None else []
     environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
     return subprocess.run(command, env=environment, check=False).returncode
 
@@ -57,13 +61,18 @@ def _start_ranks(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace, out: TextIO) -> int:
     import torch.distributed as dist
 
-    from pipecompile.errors import CheckpointError
+    from pipecompile.errors import CheckpointError, TraceError
     from pipecompile.runtime import connect
 
     if options.steps < 1 or options.save_every < 0 or (options.save_every and not options.save):
         raise CheckpointError(
             f"--steps {options.steps} --save-every {options.save_every} is no run; expected at least 1 step, and a "
             "directory for the checkpoints with --save DIR"
+        )
+    if not -1 <= _traced(options) < options.steps or (options.trace_step is not None and not options.trace):
+        raise TraceError(
+            f"--trace-step {options.trace_step} of {options.steps} steps cannot be traced; expected --trace FILE, and a "
+            f"step from 0 to {options.steps - 1}"
         )
     if not options.local:
         connect(timeout_s=options.timeout)
@@ -113,15 +122,18 @@ def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> 
     """Take the steps and save as asked; their losses."""
     import torch
 
+    from pipecompile.cli.tracing import traced_step
     from pipecompile.saving import save_checkpoint
 
+    traced = _traced(options)
     losses: list[float] = []
     for taken in range(options.steps):
         torch.manual_seed(pipe.steps)
-        if pipe.updates:
-            loss = pipe.step(file.batch(), optimizer)
+        if taken == traced:
+            loss = traced_step(pipe, file.batch(), optimizer if pipe.updates else None, options.trace)
         else:
-            loss = pipe.step(file.batch())
+            loss = pipe.step(file.batch(), optimizer if pipe.updates else None)
+        if not pipe.updates:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(float(loss))
@@ -131,6 +143,13 @@ def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> 
         if options.save and (due or taken == options.steps - 1):
             save_checkpoint(pipe.share(), options.save, pipe.steps, optimizer)
     return losses
+
+
+def _traced(options: argparse.Namespace) -> int:
+    """The step that is traced, -1 if none is."""
+    if not options.trace:
+        return -1
+    return options.steps - 1 if options.trace_step is None else int(options.trace_step)
 
 
 def _is_told(index: int, steps: int) -> bool:

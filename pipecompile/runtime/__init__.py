@@ -2,6 +2,7 @@
 
 from pipecompile.runtime.agree import from_first_rank
 from pipecompile.runtime.device import device_of
+from pipecompile.runtime.executor import Ran
 from pipecompile.runtime.faults import connect
 from pipecompile.runtime.local import LocalRuntime
 from pipecompile.runtime.microbatches import split
@@ -13,6 +14,7 @@ from pipecompile.runtime.transport import Mailboxes, Transport
 __all__ = [
     "LocalRuntime",
     "Mailboxes",
+    "Ran",
     "RankRuntime",
     "Stage",
     "Transport",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pipecompile.ir import Program, StagePlan
 from pipecompile.ir.versions import updates
-from pipecompile.runtime.executor import Executor, Step, fault
+from pipecompile.runtime.executor import Executor, Ran, Step, fault
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.messages import by_index, interleave
 from pipecompile.runtime.microbatches import split
@@ -62,14 +63,24 @@ class LocalRuntime:
         for executor in self._ranks:
             executor.before_forward = hook
 
-    def step(self, batch: Any, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+    def step(self, batch: Any, ran: list[Ran] | None = None, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
         """The loss of ``batch``, 0-dim and detached; gradients are added to the parameters' ``.grad``, or used up by
         ``optimizer`` where the program updates weights.
 
         The loss is the mean over the microbatches, or sum(loss) / sum(weight) with a weight. RuntimeFault names the
-        instruction that failed, BatchError what does not fit in the batch.
+        instruction that failed, BatchError what does not fit in the batch. ``ran`` gets all instructions with the times
+        at which they began and ended.
         """
-        return self.run(split(batch, self._microbatches), optimizer=optimizer)
+        if ran is None:
+            return self.run(split(batch, self._microbatches), optimizer=optimizer)
+
+        @contextmanager
+        def around(step: Step) -> Iterator[None]:
+            began = time.perf_counter()
+            yield
+            ran.append((step.instruction, began, time.perf_counter()))
+
+        return self.run(split(batch, self._microbatches), around, optimizer)
 
     def run(
         self,
