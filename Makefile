@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden wheel-test zoo faults processes
+.PHONY: demo test check setup golden wheel-test zoo faults processes mutants
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -31,6 +31,10 @@ faults: setup
 # Every schedule on GPT-2, T5 and UNet2D in two real processes.
 processes: setup
 	PIPECOMPILE_ALL_PROCESSES=1 $(BIN)/python -m pytest tests/test_schedules_processes.py
+
+# Random changes of programs of every schedule: what a reference interpreter finds wrong, verify refuses by name.
+mutants: setup
+	$(BIN)/python -m tests.test_mutants 100000
 
 # The wheel alone, in an environment of its own: what `pip install pipecompile` gives.
 wheel-test: setup
