@@ -16,7 +16,7 @@ Order = tuple[tuple[str, str], ...]
 def storage_constraints(graph: Graph, nodes: list[Node], replicated: frozenset[str]) -> tuple[Together, Order]:
     """Sets of node names that one stage must hold, and pairs (earlier, later) beyond what the values say."""
     root = roots(graph, nodes)
-    together = _buffer_groups(graph, nodes, root)
+    together = _buffer_groups(graph, nodes, root) + _of_unknown_size(nodes, replicated)
     order: list[tuple[str, str]] = []
     inputs = {value.name for value in graph.inputs}
     for storage, writers in _written(root, nodes, replicated).items():
@@ -27,6 +27,17 @@ def storage_constraints(graph: Graph, nodes: list[Node], replicated: frozenset[s
         together.append(tuple(nodes[i].name for i in touching if i <= last and nodes[i].name not in replicated))
         order += [(nodes[w].name, nodes[r].name) for w in writers for r in touching if r > w]
     return tuple(group for group in together if len(group) > 1), tuple(dict.fromkeys(order))
+
+
+def _of_unknown_size(nodes: list[Node], replicated: frozenset[str]) -> list[tuple[str, ...]]:
+    """For each value whose size is unknown before it is made, its maker and its readers: nobody can await it."""
+    found = []
+    for node in nodes:
+        unknown = {value.name for value in node.outputs if not value.spec.known}
+        if unknown and node.name not in replicated:
+            readers = [other.name for other in nodes if not unknown.isdisjoint(other.reads)]
+            found.append((node.name, *(name for name in readers if name not in replicated)))
+    return found
 
 
 def roots(graph: Graph, nodes: list[Node]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from pipecompile.capture import contents
 from pipecompile.capture.blocks import OPAQUE
 from pipecompile.capture.checkpoints import TAG
 from pipecompile.capture.repeat import repeat
@@ -79,6 +80,8 @@ class Reader:
 
     def _map(self, whole: Any, environment: Mapping[fx.Node, Any]) -> Any:
         if isinstance(whole, fx.Node):
+            if contents.is_symbolic(whole):
+                raise contents.refuse(whole)
             return environment[whole]
         if isinstance(whole, tuple | list):
             return [self._map(part, environment) for part in whole]
@@ -87,6 +90,8 @@ class Reader:
         return whole
 
     def _operation(self, node: fx.Node, environment: Mapping[fx.Node, Any], context: tuple[str, ...]) -> Any:
+        if contents.is_symbolic(node) or str(node.target).startswith(contents.CHECKS):
+            return None
         args = self._map(node.args, environment)
         kwargs = {key: self._map(part, environment) for key, part in node.kwargs.items()}
         if node.target is MARK:
@@ -97,8 +102,6 @@ class Reader:
             return self._opaque(node, args, context)
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._region(node, args, context)
-        if node.target._opname.startswith(("_assert", "sym_constrain")):
-            return None
         if self._is_identity(node, args):
             return args[0]
         return self._append(node, args, kwargs, context)
@@ -221,8 +224,9 @@ class Reader:
             while name in self.values:
                 name += "_"
             differentiable = carries and (tensor.is_floating_point() or tensor.is_complex())
-            shape = tuple(int(size) for size in tensor.shape)
-            spec = Spec(shape, dtype_name(tensor.dtype), differentiable, memory_order(tensor))
+            shape = tuple(map(contents.size, tensor.shape))
+            spec = Spec(shape, dtype_name(tensor.dtype), differentiable)
+            spec = replace(spec, order=memory_order(tensor)) if spec.known else spec
             self.values[name] = spec
             self.storage[name] = root or name
             if differentiable:

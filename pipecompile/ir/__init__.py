@@ -10,7 +10,7 @@
 Units: times in milliseconds, sizes in bytes. ``str(value)`` is the text that golden tests compare.
 """
 
-from pipecompile.ir.graph import Attribute, AttributeInfo, Call, Graph, Node, Path, Ref, Spec, Value
+from pipecompile.ir.graph import AtMost, Attribute, AttributeInfo, Call, Graph, Node, Path, Ref, Spec, Value
 from pipecompile.ir.partition import (
     AFTER_HALF,
     CostGraph,
@@ -49,6 +49,7 @@ __all__ = [
     "RECEIVES",
     "SENDS",
     "SUMS",
+    "AtMost",
     "Attribute",
     "AttributeInfo",
     "Call",

@@ -10,6 +10,10 @@ from typing import Any
 ITEM_BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
 
 
+class AtMost(int):
+    """A size that depends on what is in a tensor (``x[mask]``), by its largest value."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """Shape and dtype (a torch dtype's name, ``float32``) of a tensor, and whether a gradient flows back through it.
@@ -21,6 +25,11 @@ class Spec:
     dtype: str
     gradient: bool = False
     order: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Whether every size is known before the values are."""
+        return not any(isinstance(size, AtMost) for size in self.shape)
 
     @property
     def bytes(self) -> int:
