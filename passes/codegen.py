@@ -17,9 +17,9 @@ from itertools import groupby
 import torch
 
 from pipecompile.errors import CaptureError
-from pipecompile.ir import Attribute, Graph, Node, Port, StageCost
+from pipecompile.ir import Attribute, Graph, Node, Port, Size, StageCost
 from pipecompile.passes.assemble import StageBody, held
-from pipecompile.passes.render import Renderer, path_text, statement
+from pipecompile.passes.render import Renderer, path_text, size_name, statement
 
 LARGEST_CONSTANT = 4096
 CHECKPOINT = "checkpoint:"
@@ -95,14 +95,14 @@ class _Source:
 
     def _helper(self) -> list[str]:
         """What this stage computes for itself instead of receiving it."""
-        body = self._statements(self.body.replicated)
+        body, sizes = self._statements(self.body.replicated), self._sizes()
         needed = self._helper_results()
         read = {name for node in self.body.replicated for name in node.reads}
         lines = [
             "    def _replicated(self, batch):",
             '        """Cheap values without a gradient that every reading stage computes."""',
         ]
-        lines += self._batch(read) + body
+        lines += self._batch(read) + sizes + body
         return [*lines, f"        return {_tuple(needed)}"]
 
     def _helper_results(self) -> list[str]:
@@ -115,12 +115,25 @@ class _Source:
     def _batch(self, read: set[str]) -> list[str]:
         return [f"        {v.name} = batch{path_text(v.path)}" for v in self.body.batch if v.name in read]
 
+    def _sizes(self) -> list[str]:
+        """The sizes of the microbatch that the statements just made speak of."""
+        places = {
+            size.text: f"batch{path_text(value.path)}.size({dimension})"
+            for value in reversed(self.graph.inputs)
+            for dimension, size in enumerate(value.spec.shape)
+            if isinstance(size, Size)
+        }
+        names = [name for name in self.graph.sizes if name in self.render.sizes]
+        self.render.sizes = set()
+        return [f"        {size_name(name)} = {places[name]}" for name in names]
+
     def _forward(self) -> list[str]:
         plan = self.body.plan
-        statements = self._statements(self.body.nodes)
+        statements, sizes = self._statements(self.body.nodes), self._sizes()
         arguments = ["self", "batch", *(port.name for port in plan.inputs)]
         lines = statement("", "def forward", arguments, 4, ":")
         lines += self._batch({name for node in self.body.nodes for name in node.reads} | {p.name for p in plan.outputs})
+        lines += sizes
         if self.body.replicated:
             lines += [f"        {_target(self._helper_results())} = self._replicated(batch)"]
         lines += [f"        {name} = {name}.clone()  # changed in place below" for name in self.body.copied]

@@ -6,14 +6,17 @@ written as attributes where they are identifiers, else as string literals.
 
 from __future__ import annotations
 
+import ast
 import keyword
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from pipecompile.ir import Attribute, Node, Path, Ref
+from pipecompile.ir import Attribute, Node, Path, Ref, Size
+from pipecompile.ir.size import BATCH
 
 WIDTH = 120
 BINARY = {"add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "__and__.Tensor": "&",
@@ -67,16 +70,35 @@ def path_text(path: Path) -> str:
     return "".join(f"[{string(step)}]" if kind == "item" else f".{step}" for kind, step in path)
 
 
+def size_name(name: str) -> str:
+    """The variable that holds a size of the microbatch: ``batch_size``, ``sequence_length``, ``sequence_length_2``."""
+    return "batch_size" if name == BATCH else name.replace("sequence", "sequence_length")
+
+
 class Renderer:
-    """Renders arguments and nodes; ``constants`` gives the source name of each constant of the trace."""
+    """Renders arguments and nodes; ``constants`` gives the source name of each constant of the trace.
+
+    ``sizes`` collects the sizes of the microbatch that what was rendered speaks of.
+    """
 
     def __init__(self, constants: Mapping[str, str]) -> None:
         self.constants = constants
         self.uses_device = False
         self.modules: set[str] = set()
+        self.sizes: set[str] = set()
+
+    def size(self, size: Size) -> str:
+        """Source of a size that follows from the microbatch's."""
+        names = [node.id for node in ast.walk(ast.parse(size.text)) if isinstance(node, ast.Name)]
+        used = {name for name in names if name not in ("max", "min")}
+        self.sizes |= used
+        text = re.sub(r"[a-z]\w*", lambda found: size_name(found[0]) if found[0] in used else found[0], size.text)
+        return ast.unparse(ast.parse(text))
 
     def value(self, whole: Any) -> str:
         """Source of an argument."""
+        if isinstance(whole, Size):
+            return self.size(whole)
         if isinstance(whole, Ref):
             return whole.name
         if isinstance(whole, Attribute):
@@ -110,7 +132,7 @@ class Renderer:
         short = node.target.removeprefix("aten.")
         if not named and short in BINARY and len(arguments) == 2:
             return f"{arguments[0]} {BINARY[short]} {arguments[1]}", []
-        if short == "slice.Tensor" and not named and (brackets := slice_text(node.args)):
+        if short == "slice.Tensor" and not named and (brackets := self.slice_text(node.args)):
             return f"{arguments[0]}[{brackets}]", []
         is_method = short in METHODS and node.args and isinstance(node.args[0], Ref)
         is_method = is_method and not (short == "to.dtype" and len(node.args) > 4)  # its memory_format is no position
@@ -135,14 +157,13 @@ class Renderer:
         self.modules.add("aten")
         return node.target, arguments + named
 
-
-def slice_text(args: tuple[Any, ...]) -> str:
-    """``:, 1:`` for a slice of dimension 1 from position 1; empty where it takes more than that to say."""
-    _, *rest = args
-    if len(rest) != 3 or not all(isinstance(part, int) for part in rest) or rest[0] < 0:
-        return ""
-    dimension, start, end = rest
-    return f"{':, ' * dimension}{start or ''}:{'' if end == END else end}"
+    def slice_text(self, args: tuple[Any, ...]) -> str:
+        """``:, 1:`` for a slice of dimension 1 from position 1; empty where it takes more than that to say."""
+        _, *rest = args
+        if len(rest) != 3 or not all(isinstance(part, int) for part in rest) or rest[0] < 0:
+            return ""
+        dimension, start, end = rest
+        return f"{':, ' * dimension}{self.value(start) if start else ''}:{'' if end == END else self.value(end)}"
 
 
 def keyword_argument(key: str, text: str) -> str:

@@ -70,6 +70,9 @@ class Compiled:
             notes=(*graph.notes, *stage_notes(graph, self.bodies), *self.split.gains, *([note] if note else [])),
             source=source,
             link=(link.latency_ms, link.bytes_per_ms) if link else (),
+            sizes=graph.sizes,
+            fixed=graph.fixed,
+            conditions=graph.conditions,
         )
 
     def why(self) -> tuple[str, ...]:

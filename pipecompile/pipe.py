@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pipecompile.build import read_build, write_build
 from pipecompile.capture import Loss, Step
-from pipecompile.errors import BatchError, BuildError
+from pipecompile.check_batch import check_batch
+from pipecompile.errors import BuildError
 from pipecompile.ir import Forecast, Program
 from pipecompile.ir.versions import updates
 from pipecompile.model_file import ModelFile, read_model_file
@@ -127,13 +128,15 @@ class Pipe:
         """The loss of a whole batch (0-dim, detached, the same on every rank); gradients are added to ``.grad``.
 
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
+        Sizes that the model leaves open (``plan.sizes``: rows, sequence length) may be others than the compiled ones.
+
         A schedule that never flushes (``pipedream``, ``pipedream-2bw``) updates weights while it runs, with ``optimizer``
         over ``parameters()``: after each microbatch, by the gradient of its loss, or after each group of as many
         microbatches as ranks, by that of their mean loss; gradients are used up. Microbatches read weights that are some
         updates old, as the schedule's own file states. A step begins and ends with one version of the weights.
         ``ran`` gets the instructions that this process ran, with ``time.perf_counter`` when each began and ended.
 
-        Raises BatchError for a batch of another shape than the compiled one, ScheduleError for an optimizer where none
+        Raises BatchError for a batch of any other shape, ScheduleError for an optimizer where none
         is used or none where one is, RuntimeFault for a failure on any rank.
         """
         check_optimizer(self.program, self.parameters(), optimizer)
@@ -165,7 +168,7 @@ class Pipe:
     def _run(
         self, batch: Any, trains: bool, optimizer: torch.optim.Optimizer | None = None, ran: list[Ran] | None = None
     ) -> Tensor:
-        self._check_batch(batch)
+        check_batch(self.plan, batch)
         self._check_mode()
         runtime = self._runtime(trains)
         with own_streams() if self.plan.random else nullcontext():
@@ -185,7 +188,7 @@ class Pipe:
         plan = self.plan
         program, stages = (self.program, plan.stages) if trains else forward_only(self.program, plan.stages)
         if self.ranks == 1:
-            return LocalRuntime(program, self._stages, stages, loss=plan.loss, weight=plan.weight)
+            return LocalRuntime(program, self._stages, stages, loss=plan.loss, weight=plan.weight, inputs=plan.inputs)
         return RankRuntime(
             program,
             self.rank,
@@ -193,6 +196,7 @@ class Pipe:
             stages,
             loss=plan.loss,
             weight=plan.weight,
+            inputs=plan.inputs,
             timeout_s=self._timeout_s,
         )
 
@@ -207,24 +211,6 @@ class Pipe:
                 f"because no module of its own computes it; go back with model.{then}(), compile again in {now} mode, "
                 f"or put it into a module such as nn.Dropout, which looks at its mode when it is called"
             )
-
-    def _check_batch(self, batch: Any) -> None:
-        for value in self.plan.inputs:
-            place = "".join(f"[{step!r}]" if kind == "item" else f".{step}" for kind, step in value.path)
-            leaf = batch
-            try:
-                for kind, step in value.path:
-                    leaf = leaf[step] if kind == "item" else getattr(leaf, step)
-            except (KeyError, IndexError, AttributeError, TypeError):
-                raise BatchError(f"the batch has no {place}; it was compiled with {value.spec} there") from None
-            shape = value.spec.shape
-            expected = (shape[0] * self.plan.microbatches, *shape[1:]) if shape else ()
-            if not isinstance(leaf, Tensor) or tuple(leaf.shape) != expected or _dtype(leaf) != value.spec.dtype:
-                got = f"{_dtype(leaf)}{list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise BatchError(
-                    f"batch{place} is {got}, but the pipeline was compiled for {value.spec.dtype}{list(expected)} "
-                    f"({self.plan.microbatches} microbatches); give it that, or compile again with this batch"
-                )
 
     def reference(self, model: nn.Module, batch: Any, step: int | None = None) -> Tensor:
         """The same step on the unsplit ``model``: gradient accumulation over the same microbatches. Returns the loss.
@@ -351,7 +337,3 @@ def _world(ranks: int) -> tuple[int, int]:
             f"start it with torchrun --nproc-per-node {ranks}"
         )
     return dist.get_rank(), ranks
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -10,10 +10,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipecompile.errors import BuildError
-from pipecompile.ir import Forecast, Partition, Path, Port, Shared, Spec, StageCost, StagePlan, Transfer, Use, Value
+from pipecompile.ir import (
+    Condition,
+    Forecast,
+    Partition,
+    Path,
+    Port,
+    Shared,
+    Spec,
+    StageCost,
+    StagePlan,
+    Transfer,
+    Use,
+    Value,
+)
+from pipecompile.ir.size import read_size, with_size_texts
 from pipecompile.machine import format_bytes
 
-PLAN_VERSION = 1
+Sizes = Mapping[str, int]
+
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +39,9 @@ class Plan:
     ``inputs`` are the batch's tensors at one microbatch's size. ``holds`` are the FQNs of all parameters and buffers of
     each stage; ``random`` those of the modules that draw random numbers. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none). ``why`` explains the
     cuts, line by line. ``link`` is the latency in ms and the bytes/ms that the forecast counts with (empty: none).
+
+    ``sizes`` are the sizes of a microbatch that a step may change, with those that were compiled; ``fixed`` the others
+    with what fixes them; ``conditions`` are what other sizes must meet.
     """
 
     model: str
@@ -47,6 +66,9 @@ class Plan:
     why: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
     link: tuple[float, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    conditions: tuple[Condition, ...] = ()
 
     @property
     def partition(self) -> Partition:
@@ -64,8 +86,9 @@ class Plan:
         whole = {name: getattr(self, name) for name in self.__slots__ if name not in ("forecast", "stages")}
         whole |= {
             "version": PLAN_VERSION,
-            "inputs": [asdict(value) for value in self.inputs],
-            "stages": [stage.to_json() for stage in self.stages],
+            "inputs": with_size_texts([asdict(value) for value in self.inputs]),
+            "stages": with_size_texts([stage.to_json() for stage in self.stages]),
+            "conditions": [asdict(condition) for condition in self.conditions],
             "costs": [asdict(cost) for cost in self.costs],
             "transfers": [asdict(transfer) for transfer in self.transfers],
             "forecast": {
@@ -97,12 +120,15 @@ class Plan:
                 "bound_bytes",
             )
             lists = ("link", "placement", "random", "replicated", "opened", "notes", "why")
-            fields: dict[str, Any] = {name: whole[name] for name in (*plain, "source")}
+            sizes = {str(name): int(size) for name, size in whole["sizes"].items()}
+            fields: dict[str, Any] = {name: whole[name] for name in (*plain, "source", "fixed")}
             fields |= {name: tuple(whole[name]) for name in lists}
             return Plan(
                 **fields,
-                inputs=tuple(_value(value) for value in whole["inputs"]),
-                stages=tuple(_stage(stage) for stage in whole["stages"]),
+                sizes=sizes,
+                conditions=tuple(Condition(**condition) for condition in whole["conditions"]),
+                inputs=tuple(_value(value, sizes) for value in whole["inputs"]),
+                stages=tuple(_stage(stage, sizes) for stage in whole["stages"]),
                 costs=tuple(_cost(cost) for cost in whole["costs"]),
                 holds=tuple(tuple(names) for names in whole["holds"]),
                 transfers=tuple(Transfer(**transfer) for transfer in whole["transfers"]),
@@ -144,27 +170,28 @@ def _path(steps: Any) -> Path:
     return tuple((str(kind), step) for kind, step in steps)
 
 
-def _spec(whole: Mapping[str, Any]) -> Spec:
-    return Spec(tuple(whole["shape"]), whole["dtype"], whole["gradient"], tuple(whole["order"]))
+def _spec(whole: Mapping[str, Any], sizes: Sizes) -> Spec:
+    shape = tuple(read_size(size, sizes) for size in whole["shape"])
+    return Spec(shape, whole["dtype"], whole["gradient"], tuple(whole["order"]))
 
 
-def _value(whole: Mapping[str, Any]) -> Value:
-    return Value(whole["name"], _spec(whole["spec"]), _path(whole["path"]), whole["storage"])
+def _value(whole: Mapping[str, Any], sizes: Sizes) -> Value:
+    return Value(whole["name"], _spec(whole["spec"], sizes), _path(whole["path"]), whole["storage"])
 
 
 def _cost(whole: Mapping[str, Any]) -> StageCost:
     return StageCost(**{**whole, "uses": tuple(Use(**use) for use in whole["uses"])})
 
 
-def _port(whole: Mapping[str, Any]) -> Port:
-    return Port(whole["name"], _spec(whole["spec"]), whole["source"], tuple(whole["targets"]))
+def _port(whole: Mapping[str, Any], sizes: Sizes) -> Port:
+    return Port(whole["name"], _spec(whole["spec"], sizes), whole["source"], tuple(whole["targets"]))
 
 
-def _stage(whole: Mapping[str, Any]) -> StagePlan:
+def _stage(whole: Mapping[str, Any], sizes: Sizes) -> StagePlan:
     return StagePlan(
         index=whole["index"],
-        inputs=tuple(_port(port) for port in whole["inputs"]),
-        outputs=tuple(_port(port) for port in whole["outputs"]),
+        inputs=tuple(_port(port, sizes) for port in whole["inputs"]),
+        outputs=tuple(_port(port, sizes) for port in whole["outputs"]),
         **{name: tuple(whole[name]) for name in ("modules", "parameters", "buffers", "opened")},
         shared=dict(whole["shared"]),
     )

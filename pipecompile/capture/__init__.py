@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
 from typing import Any
@@ -25,9 +25,11 @@ from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.decisions import decisions
 from pipecompile.capture.eager import Observation, observe
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
+from pipecompile.capture.opaque_shapes import OpaqueShapes
 from pipecompile.capture.reader import Reader, dtype_name, input_path
 from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.shadow import Shadows
+from pipecompile.capture.sizes import Fixed, Labels, Sizes, dynamic_shapes, labels, symbols, traced_with, values
 from pipecompile.capture.state import untouched
 from pipecompile.capture.step import Loss, Step, default_loss
 from pipecompile.capture.tracepoints import Recorder
@@ -52,8 +54,9 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     notes = _disable_cache(model) + _coupled(model, hidden)
     seen = _observe(step, model, _copy(batch))
     notes += seen.notes
+    fixed: dict[str, str] = {}
     while True:
-        graph = _traced(step, model, batch, seen, hidden, notes)
+        graph = _dynamic(Task(step, model, batch, seen, hidden, notes), fixed)
         found = decisions(graph, seen.questions.places)
         if found.whole <= hidden:
             return graph
@@ -61,13 +64,42 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
         notes += found.notes
 
 
-def _traced(
-    step: Step, model: nn.Module, batch: Any, seen: Observation, opaque: frozenset[str], notes: list[str]
-) -> Graph:
+def _dynamic(task: Task, fixed: dict[str, str]) -> Graph:
+    """The graph with as many sizes left open as the model allows; ``fixed`` are those that it is known to fix."""
+    while True:
+        open_ = {place: name for place, name in labels(task.batch).items() if name not in fixed}
+        try:
+            return _with_sizes(task, open_, fixed)
+        except Fixed as found:
+            if not open_:
+                raise CaptureError(f"the model cannot be captured: {found.why}; keep sizes free of them") from found
+            name = found.name if found.name in open_.values() else list(dict.fromkeys(open_.values()))[-1]
+            fixed[name] = found.why
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is captured: the step on a microbatch, what eager mode did, and the modules that are passed over."""
+
+    step: Step
+    model: nn.Module
+    batch: Any
+    seen: Observation
+    opaque: frozenset[str]
+    notes: list[str]
+
+
+def _with_sizes(task: Task, open_: Labels, fixed: dict[str, str]) -> Graph:
+    """The graph with the sizes of ``open_`` left open. Raises Fixed if the model does not leave one of them so."""
+    shapes = OpaqueShapes([])
+    if task.opaque and open_:
+        shapes = OpaqueShapes.of(
+            task.batch, open_, task.seen, lambda batch: _observe(task.step, task.model, _copy(batch))
+        )
     try:
-        return _trace(step, model, batch, seen, opaque, notes, repeats=True)
+        return _trace(task, open_, fixed, shapes, repeats=True)
     except NeedsFullTrace:
-        return _trace(step, model, batch, seen, opaque, notes, repeats=False)
+        return _trace(task, open_, fixed, shapes, repeats=False)
 
 
 def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
@@ -90,14 +122,21 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}" or "none"
 
 
-def _trace(
-    step: Step, model: nn.Module, batch: Any, seen: Observation, opaque: frozenset[str], notes: list[str], repeats: bool
-) -> Graph:
+def _trace(task: Task, open_: Labels, fixed: dict[str, str], shapes: OpaqueShapes, repeats: bool) -> Graph:
     recorder = Recorder(mark=True)
-    blocks = Blocks(recorder, seen.calls, opaque, repeats)
-    with blocks.passed_over(model, seen.changed_buffers), seen.questions.answered(recorder, tracing=True):
-        program = _export(step, model, _copy(batch), recorder)
-    return _read(program, model, batch, recorder, seen, notes)
+    blocks = Blocks(recorder, task.seen.calls, task.opaque, repeats)
+    if open_:
+        blocks.open = shapes.shape
+        task.step.on_batch = lambda batch: shapes.symbols.update(symbols(batch, open_))
+    with (
+        blocks.passed_over(task.model, task.seen.changed_buffers),
+        task.seen.questions.answered(recorder, tracing=True),
+    ):
+        try:
+            program = _export(task, open_, recorder)
+        finally:
+            task.step.on_batch = None
+    return _read(program, task, open_, fixed, recorder)
 
 
 def _copy(batch: Any) -> Any:
@@ -145,22 +184,30 @@ def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:
         ) from error
 
 
-def _export(step: Step, model: nn.Module, batch: Any, recorder: Recorder) -> ExportedProgram:
+def _export(task: Task, open_: Labels, recorder: Recorder) -> ExportedProgram:
+    model = task.model
+    batch = traced_with(_copy(task.batch), open_)
+    shapes = (dynamic_shapes(batch, open_),) if open_ else None
     try:
         with untouched(model), straight_through(recorder), recorder.around(model), _gradients_kept(model):
-            return export(step, (batch,), strict=False)
-    except PipecompileError:
+            return export(task.step, (batch,), dynamic_shapes=shapes, strict=False)
+    except (PipecompileError, NeedsFullTrace, Fixed):
         raise
     except Exception as error:
+        if open_:
+            raise Fixed("", f"{_first_line(error)}{_where(error)}") from error
         call = recorder.innermost
         name = call.fqn if call and call.fqn else "the loss function"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         opaque = f"pass opaque=[{call.fqn!r}] to leave that module whole" if call and call.fqn else ""
         move = "move that line into a module of its own and name that in opaque=[...], to leave it whole"
         raise CaptureError(
-            f"{name} cannot be traced{_where(error)}: {first_line}; keep control flow independent of tensor values "
+            f"{name} cannot be traced{_where(error)}: {_first_line(error)}; keep control flow independent of tensor values "
             f"there, rewrite that line with torch.where, or {opaque or move}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextmanager
@@ -180,12 +227,14 @@ def _where(error: BaseException) -> str:
     return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
-def _read(
-    program: ExportedProgram, model: nn.Module, batch: Any, recorder: Recorder, seen: Observation, notes: list[str]
-) -> Graph:
+def _read(program: ExportedProgram, task: Task, open_: Labels, fixed: dict[str, str], recorder: Recorder) -> Graph:
+    model, seen = task.model, task.seen
     attributes = _attributes(model)
-    reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers), seen.random)
-    arguments, inputs, constants = _arguments(program, batch, attributes)
+    given = _user_inputs(program)
+    sizes = Sizes.of(given, open_, values(task.batch, open_))
+    conditions = sizes.conditions(given)
+    reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers), seen.random, sizes)
+    arguments, inputs, constants = _arguments(program, task.batch, attributes, sizes, given)
     outputs = reader.read(program.graph_module, arguments)
     check_templates(reader)
     nodes, calls = reader.finished()
@@ -203,8 +252,18 @@ def _read(
         weight=names.get(weight_name, ""),
         calls=tuple(without_defaults(rename_call(call, names), model) for call in calls),
         constants=constants,
-        notes=tuple(notes),
+        notes=tuple(task.notes),
+        sizes={name: size for name, size in sizes.values.items() if name not in sizes.fixed},
+        fixed=fixed | sizes.fixed,
+        conditions=conditions,
     )
+
+
+def _user_inputs(program: ExportedProgram) -> list[Any]:
+    """What the trace had for each leaf of the batch."""
+    specs = program.graph_signature.input_specs
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    return [node.meta.get("val") for spec, node in zip(specs, nodes) if spec.kind is InputKind.USER_INPUT]
 
 
 def _attributes(model: nn.Module) -> dict[str, AttributeInfo]:
@@ -222,19 +281,20 @@ def _attributes(model: nn.Module) -> dict[str, AttributeInfo]:
 
 
 def _arguments(
-    program: ExportedProgram, batch: Any, attributes: dict[str, AttributeInfo]
+    program: ExportedProgram, batch: Any, attributes: dict[str, AttributeInfo], sizes: Sizes, given: list[Any]
 ) -> tuple[list[Any], tuple[Value, ...], dict[str, torch.Tensor]]:
     """What stands for each placeholder: an Attribute, a Ref to a batch tensor, or a constant of the trace."""
-    leaves = iter(pytree.tree_flatten_with_path((batch,))[0])
+    leaves = iter(zip(pytree.tree_flatten_with_path((batch,))[0], given))
     arguments: list[Any] = []
     inputs: list[Value] = []
     constants: dict[str, torch.Tensor] = {}
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
-            path, leaf = next(leaves)
+            (path, leaf), traced = next(leaves)
             if isinstance(leaf, torch.Tensor) and not isinstance(spec.arg, ConstantArgument):
                 name = spec.arg.name
-                inputs.append(Value(name, Spec(tuple(leaf.shape), dtype_name(leaf.dtype)), input_path(path[1:])))
+                shape = tuple(map(sizes.of_size, traced.shape))
+                inputs.append(Value(name, Spec(shape, dtype_name(leaf.dtype)), input_path(path[1:])))
                 arguments.append(Ref(name))
             else:
                 arguments.append(leaf)

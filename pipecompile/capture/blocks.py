@@ -11,7 +11,7 @@ one's operations there under the block's own names. An opaque module is passed o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,21 +24,31 @@ from pipecompile.capture.structure import PLAIN, Tensor, Unrenderable, rebuild, 
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
 from pipecompile.errors import CaptureError
 
-torch.library.define("pipecompile::opaque", "(Tensor[] tensors, int call, str results) -> Tensor[]")
+torch.library.define("pipecompile::opaque", "(Tensor[] tensors, int call, SymInt[] sizes, str results) -> Tensor[]")
 OPAQUE = torch.ops.pipecompile.opaque.default
 torch.fx.node.has_side_effect(OPAQUE)
 
 
-def _make_results(given: list[torch.Tensor], call: int, results: str) -> list[torch.Tensor]:
-    """Tensors of the shapes that ``results`` tells, as JSON: [shape, stride, dtype, device] of each."""
+def _make_results(given: list[torch.Tensor], call: int, sizes: list[Any], results: str) -> list[torch.Tensor]:
+    """Tensors as ``results`` tells in JSON, [dimensions, dtype, device] of each; ``sizes`` are shapes and strides in a row."""
+    numbers = iter(sizes)
     return [
-        torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=device)
-        for shape, stride, dtype, device in json.loads(results)
+        torch.empty_strided(
+            [next(numbers) for _ in range(dimensions)],
+            [next(numbers) for _ in range(dimensions)],
+            dtype=getattr(torch, dtype),
+            device=device,
+        )
+        for dimensions, dtype, device in json.loads(results)
     ]
 
 
 torch.library.impl("pipecompile::opaque", "CompositeExplicitAutograd", _make_results)
 torch.library.register_fake("pipecompile::opaque", _make_results)
+
+
+Shape = tuple[Sequence[Any], Sequence[Any]]
+"""Sizes and strides of a tensor while it is traced."""
 
 
 class NeedsFullTrace(Exception):
@@ -47,12 +57,16 @@ class NeedsFullTrace(Exception):
 
 @dataclass(slots=True)
 class Blocks:
-    """Passes over blocks while a model is traced. ``eager`` are the calls that eager mode made, ``opaque`` FQNs."""
+    """Passes over blocks while a model is traced. ``eager`` are the calls that eager mode made, ``opaque`` FQNs.
+
+    ``open`` gives the shape while tracing of a result of an opaque call, from what eager mode gave, its key and place.
+    """
 
     recorder: Recorder
     eager: Mapping[str, Tracepoint]
     opaque: frozenset[str]
     repeats: bool
+    open: Callable[[Tensor, str, int], Shape] = lambda tensor, key, place: (tensor.shape, tensor.stride)
     templates: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -85,7 +99,8 @@ class Blocks:
                     "called otherwise than in eager mode; let it return a tensor, a tuple or a dict"
                 )
             given = [tensor for _, tensor in tensors((args, kwargs))]
-            return _results(seen, [*given, *module.parameters(), *module.buffers()], self.recorder.stack[-1])
+            like = [self.open(part, call.key, place) for place, part in enumerate(_tensors(seen.result))]
+            return _results(seen, [*given, *module.parameters(), *module.buffers()], self.recorder.stack[-1], like)
 
         return forward
 
@@ -103,17 +118,24 @@ class Blocks:
             if template == index:
                 return original(*args, **kwargs)
             self.recorder.repeat(index, template)
-            return _results(seen, [tensor for _, tensor in tensors((args, kwargs))], index)
+            like = pytree.tree_leaves(self.recorder.calls[template].result)
+            shapes = [(t.shape, t.stride()) for t in like if isinstance(t, torch.Tensor)]
+            return _results(seen, [tensor for _, tensor in tensors((args, kwargs))], index, shapes)
 
         return forward
 
 
-def _results(seen: Tracepoint, given: list[torch.Tensor], index: int) -> Any:
-    """What eager mode returned, its tensors made by the opaque operation."""
+def _results(seen: Tracepoint, given: list[torch.Tensor], index: int, shapes: Sequence[Shape]) -> Any:
+    """What eager mode returned, its tensors made by the opaque operation with ``shapes``."""
     flat, spec = pytree.tree_flatten(seen.result)
-    told = [[list(t.shape), list(t.stride), t.dtype, t.device] for t in flat if isinstance(t, Tensor)]
-    made = iter(OPAQUE(given, index, json.dumps(told)))
+    told = [[len(t.shape), t.dtype, t.device] for t in _tensors(seen.result)]
+    sizes = [size for shape, strides in shapes for size in (*shape, *strides)]
+    made = iter(OPAQUE(given, index, sizes, json.dumps(told)))
     return pytree.tree_unflatten([next(made) if isinstance(leaf, Tensor) else leaf for leaf in flat], spec)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _complete(result: Any) -> bool:

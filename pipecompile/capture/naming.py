@@ -17,7 +17,9 @@ from pipecompile.ir import Call, Node, Ref, Value
 
 MEANINGLESS = {"input", "inputs", "x", "args", "kwargs", "tensor", "self", "hidden", "output", "y", "a", "b"}
 ABSENT = object()
-RESERVED = set(keyword.kwlist) | set(dir(builtins)) | {"batch", "torch", "nn", "self", "math", "inf", "nan"}
+SIZES = {"batch_size", "sequence_length", *(f"sequence_length_{k}" for k in range(2, 10))}
+"""What stages call the sizes of a microbatch."""
+RESERVED = SIZES | set(keyword.kwlist) | set(dir(builtins)) | {"batch", "torch", "nn", "self", "math", "inf", "nan"}
 
 
 def rename_values(

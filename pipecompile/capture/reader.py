@@ -8,7 +8,7 @@ its arguments, what it reads and changes in place, and whether a gradient flows 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,13 +19,14 @@ from pipecompile.capture import contents
 from pipecompile.capture.blocks import OPAQUE
 from pipecompile.capture.checkpoints import TAG
 from pipecompile.capture.repeat import repeat
+from pipecompile.capture.sizes import Fixed, Sizes, contiguous
 from pipecompile.capture.structure import Unrenderable, leaves, merge, rebuild, tensors
 from pipecompile.capture.tracepoints import MARK, REGION, Recorder, Tracepoint
 from pipecompile.errors import CaptureError
 from pipecompile.ir import Attribute, AttributeInfo, Call, Node, Path, Ref, Spec, Value
 
 NO_GRADIENT = ("detach", "_like", "new_", "argmax", "argsort", "bernoulli", "one_hot", "sign_bit")
-IDENTITIES = ("alias", "detach_", "to", "contiguous", "dropout")
+IDENTITIES = ("alias", "detach_", "to", "contiguous", "dropout", "slice")
 ATTRIBUTE = "attribute:"
 
 
@@ -33,13 +34,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions from the outermost to the innermost in memory; empty if that is their own order, or has gaps."""
-    if tensor.is_contiguous():
+    if contiguous(shape, strides):
         return ()
-    strides = tensor.stride()
-    order = sorted(range(tensor.ndim), key=lambda dimension: -strides[dimension])
-    return tuple(order) if tensor.permute(order).is_contiguous() else ()
+    order = sorted(range(len(shape)), key=lambda dimension: -strides[dimension])
+    gapless = contiguous(tuple(shape[d] for d in order), tuple(strides[d] for d in order))
+    return tuple(order) if gapless else ()
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Reader:
     attributes: Mapping[str, AttributeInfo]
     changed_buffers: frozenset[str]
     drawing: frozenset[str] = frozenset()
+    sizes: Sizes = field(default_factory=Sizes)
     nodes: list[Node] = field(default_factory=list)
     calls: dict[int, Call] = field(default_factory=dict)
     values: dict[str, Spec] = field(default_factory=dict)
@@ -80,7 +82,9 @@ class Reader:
 
     def _map(self, whole: Any, environment: Mapping[fx.Node, Any]) -> Any:
         if isinstance(whole, fx.Node):
-            if contents.is_symbolic(whole):
+            if contents.is_symbolic(whole) and environment[whole] is None:
+                if self.sizes.names:
+                    raise Fixed("", f"{whole.target} of sizes goes into an operation")
                 raise contents.refuse(whole)
             return environment[whole]
         if isinstance(whole, tuple | list):
@@ -90,6 +94,8 @@ class Reader:
         return whole
 
     def _operation(self, node: fx.Node, environment: Mapping[fx.Node, Any], context: tuple[str, ...]) -> Any:
+        if self.sizes.names and isinstance(found := node.meta.get("val"), torch.SymInt):
+            return self.sizes.of_size(found)
         if contents.is_symbolic(node) or str(node.target).startswith(contents.CHECKS):
             return None
         args = self._map(node.args, environment)
@@ -141,10 +147,12 @@ class Reader:
         source, result = node.args[0].meta.get("val"), node.meta.get("val")
         if not isinstance(source, torch.Tensor) or not isinstance(result, torch.Tensor):
             return False
+        if name == "slice":
+            return str(source.shape) == str(result.shape)  # with open sizes a slice of everything stays in the trace
         if name == "dropout":
             return not node.args[2] or not node.args[1]
         if name == "contiguous":
-            return source.is_contiguous()
+            return contiguous(self._ints(source.shape), self._ints(source.stride()))
         if name == "detach_":
             return isinstance(args[0], Ref) and args[0].name not in self.gradient
         if name == "to":
@@ -224,9 +232,10 @@ class Reader:
             while name in self.values:
                 name += "_"
             differentiable = carries and (tensor.is_floating_point() or tensor.is_complex())
-            shape = tuple(map(contents.size, tensor.shape))
+            shape = self._ints(tensor.shape)
             spec = Spec(shape, dtype_name(tensor.dtype), differentiable)
-            spec = replace(spec, order=memory_order(tensor)) if spec.known else spec
+            if spec.known:
+                spec = replace(spec, order=memory_order(shape, self._ints(tensor.stride())))
             self.values[name] = spec
             self.storage[name] = root or name
             if differentiable:
@@ -235,6 +244,9 @@ class Reader:
                     self.gradient.update(v for v, s in self.storage.items() if s == root)
             outputs.append(Value(name, spec, path, root))
         return tuple(outputs)
+
+    def _ints(self, sizes: Iterable[Any]) -> tuple[int, ...]:
+        return tuple(map(self.sizes.of_size, sizes))
 
     def carries_gradient(self, target: str, args: Any, kwargs: Mapping[str, Any], context: tuple[str, ...]) -> bool:
         """Whether an operation's differentiable results need a gradient."""
@@ -302,7 +314,8 @@ class Reader:
         args, kwargs, obstacle = (), {}, ""
         try:
             args, kwargs = rebuild(
-                (seen.args, dict(seen.kwargs)), lambda leaf: next(given) if isinstance(leaf, torch.Tensor) else leaf
+                (seen.args, dict(seen.kwargs)),
+                lambda leaf: next(given) if isinstance(leaf, torch.Tensor) else self._constant(leaf),
             )
             eager = self.eager.get(seen.key)
             if eager is None:
@@ -326,6 +339,11 @@ class Reader:
             context=context,
             obstacle=obstacle,
         )
+
+    def _constant(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.SymFloat | torch.SymBool):
+            raise Fixed("", "a number that is computed of sizes goes into a module")
+        return self.sizes.of_size(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
     def finished(self) -> tuple[tuple[Node, ...], tuple[Call, ...]]:
         """The nodes with their final gradients, and the calls in the order of the recorder."""

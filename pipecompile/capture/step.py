@@ -34,14 +34,20 @@ def default_loss(model: nn.Module, batch: Any) -> Any:
 
 
 class Step(nn.Module):
-    """``forward(batch)`` gives (loss, weight), weight None unless the loss function returned (sum, weight)."""
+    """``forward(batch)`` gives (loss, weight), weight None unless the loss function returned (sum, weight).
+
+    ``on_batch`` is called with the batch first.
+    """
 
     def __init__(self, model: nn.Module, loss: Loss | None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss or default_loss
+        self.on_batch: Callable[[Any], None] | None = None
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.on_batch is not None:
+            self.on_batch(batch)
         result = self.loss(self.model, batch)
         value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         for what, tensor in (("loss", value), ("weight", weight)):

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 
 from pipecompile.ir import Attribute, Path, Ref
+from pipecompile.ir.size import Size
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""Numbers that stand for a size while a model is traced."""
 
 
 class Unrenderable(Exception):
@@ -55,10 +59,10 @@ def rebuild(whole: Any, leaf: Callable[[Any], Any]) -> Any:
             raise Unrenderable("a dict whose keys are neither str nor int")
         return {key: rebuild(part, leaf) for key, part in whole.items()}
     if isinstance(whole, torch.Size):
-        return tuple(whole)
+        return tuple(map(leaf, whole))
     if isinstance(whole, slice):
         return slice(*(rebuild(part, leaf) for part in (whole.start, whole.stop, whole.step)))
-    if isinstance(whole, (*PLAIN, torch.Tensor)) or whole is Ellipsis:
+    if isinstance(whole, (*PLAIN, *SYMBOLIC, torch.Tensor)) or whole is Ellipsis:
         return leaf(whole)
     raise Unrenderable(f"an argument of type {type(whole).__module__}.{type(whole).__qualname__}")
 
@@ -94,4 +98,4 @@ def merge(traced: Any, eager: Any) -> Any:
         if isinstance(eager, dict):
             return {key: merge(traced[key], part) for key, part in eager.items()}
         return type(eager)(merge(a, b) for a, b in zip(traced, eager))
-    return eager
+    return traced if isinstance(traced, Size) else eager

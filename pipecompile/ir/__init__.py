@@ -40,6 +40,7 @@ from pipecompile.ir.program import (
     Timetable,
 )
 from pipecompile.ir.routes import Route, Routes
+from pipecompile.ir.size import Condition, Size
 
 __all__ = [
     "AFTER_HALF",
@@ -53,6 +54,7 @@ __all__ = [
     "Attribute",
     "AttributeInfo",
     "Call",
+    "Condition",
     "CostGraph",
     "CostNode",
     "CostTensor",
@@ -70,6 +72,7 @@ __all__ = [
     "Routes",
     "Shape",
     "Shared",
+    "Size",
     "Span",
     "Spec",
     "StageCost",

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipecompile.ir.size import Condition
+
 ITEM_BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
 
 
@@ -140,7 +142,9 @@ class Graph:
 
     ``replicated`` are nodes that every reading stage computes for itself; ``together`` are sets of nodes that no cut
     may separate. Both name nodes and are empty before lifting. ``dropped`` are values that no node makes any more: the
-    inside of a call was traced with them, though eager mode passes None.
+    inside of a call was traced with them, though eager mode passes None. ``sizes`` are the open sizes of a microbatch
+    (``batch``, ``sequence``) with the values that were captured, ``fixed`` the others with what fixes them; ``conditions``
+    are what other sizes must meet. Sizes in shapes and arguments that follow from open ones are of the class Size.
     """
 
     inputs: tuple[Value, ...]
@@ -156,6 +160,9 @@ class Graph:
     opened: tuple[str, ...] = ()
     dropped: tuple[Value, ...] = ()
     notes: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    conditions: tuple[Condition, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"input {value.name}: {value.spec}" for value in self.inputs]

@@ -25,6 +25,9 @@ from pipecompile.runtime.messages import Message, Plans, channels, message_of
 from pipecompile.runtime.shared_memory import SharedReceiver, SharedSender, host, meet
 from pipecompile.runtime.transport import Value
 
+Contents = dict[Channel, list[Specs]]
+"""What the messages of each channel carry, in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Receive:
@@ -59,9 +62,7 @@ class Channels:
         meeting: Meeting,
         told: Sequence[tuple[int, Spec]] = (),
     ) -> None:
-        found = {
-            channel: [message.specs for message in messages] for channel, messages in channels(program, plans).items()
-        }
+        found = contents(program, plans)
         over = arrivals(program)
         self._senders: dict[Channel, Sender] = {}
         self._receivers: dict[Channel, Receiver] = {}
@@ -120,6 +121,12 @@ class Channels:
                 planned.append(Receive(self._receivers[channel], arrived))
         return planned
 
+    def resize(self, carried: Contents) -> None:
+        """From the next step on messages carry this; all ranks must call it before that step."""
+        for ends in (self._senders, self._receivers):
+            for channel in carried.keys() & ends.keys():
+                ends[channel].resize(carried[channel])
+
     def begin(self) -> None:
         self._next = iter(self._receives)
         for end in self._ends:
@@ -155,6 +162,12 @@ class Channels:
         ends, self._ends = self._ends, ()
         for end in ends:
             end.close()
+
+
+def contents(program: Program, plans: Plans, at: Sequence[Plans] = ()) -> Contents:
+    """What each channel carries, where microbatches have the plans ``at``."""
+    found = channels(program, plans, at)
+    return {channel: [message.specs for message in messages] for channel, messages in found.items()}
 
 
 def _tellings(told: Sequence[tuple[int, Spec]], ranks: int) -> dict[Channel, list[Specs]]:

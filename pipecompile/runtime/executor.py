@@ -69,7 +69,7 @@ class Executor:
     def __init__(
         self, row: Row, transport: Transport, reduce: Callable[[Reduce], None], microbatches: int, mean: bool
     ) -> None:
-        handlers: dict[str, Handler] = {
+        self._handlers: dict[str, Handler] = {
             "FORWARD": self._forward,
             "BACKWARD": self._backward,
             "BACKWARD_INPUT": self._backward_input,
@@ -81,10 +81,7 @@ class Executor:
             "REDUCE_GRAD": reduce,
             "UPDATE": no_update,
         }
-        self.steps = [
-            Step(handlers[one.op], operand, row.rank, position, one)
-            for position, (one, operand) in enumerate(zip(row.instructions, row.operands))
-        ]
+        self.steps = self.wired(row)
         self.losses: Tensor | None = None
         self.weights: Tensor | None = None
         self.before_forward: Callable[[int], None] | None = None
@@ -97,6 +94,13 @@ class Executor:
         self._slots: list[Any] = []
         self._microbatches: Sequence[Any] = ()
         self._seed: Tensor | None = None
+
+    def wired(self, row: Row) -> list[Step]:
+        """The steps of the row, or of the same one at other sizes: what ``steps`` may be set to."""
+        return [
+            Step(self._handlers[one.op], operand, row.rank, position, one)
+            for position, (one, operand) in enumerate(zip(row.instructions, row.operands))
+        ]
 
     def weigh(self, microbatches: int) -> None:
         """The next backward begins with the gradient of a mean over so many microbatches."""

@@ -35,6 +35,9 @@ Specs = tuple[Spec, ...]
 class Sender(Protocol):
     """The end that sends the messages of every step in their fixed order."""
 
+    def resize(self, messages: Sequence[Specs]) -> None:
+        """From the next step on the messages carry this; the other end is told the same."""
+
     def begin(self) -> None:
         """Get ready for a step."""
 
@@ -53,6 +56,9 @@ class Sender(Protocol):
 
 class Receiver(Protocol):
     """The end that receives them."""
+
+    def resize(self, messages: Sequence[Specs]) -> None:
+        """From the next step on the messages carry this; the other end is told the same."""
 
     def begin(self) -> None:
         """Get ready for a step."""
@@ -75,6 +81,9 @@ class GroupSender:
         self._messages = messages
         self._next: Iterator[Specs] = iter(())
         self._sent: deque[tuple[list[Any], list[Tensor]]] = deque()
+
+    def resize(self, messages: Sequence[Specs]) -> None:
+        self._messages = messages
 
     def begin(self) -> None:
         self._next = iter(self._messages)
@@ -122,11 +131,14 @@ class GroupReceiver:
         device: torch.device,
     ) -> None:
         self._group, self._end, self._peer, self._timeout, self._device = group, end, peer, timeout, device
+        self.resize(messages)
+        self._next: Iterator[Specs] = iter(())
+        self._posted: deque[tuple[list[Any], list[Value]]] = deque()
+
+    def resize(self, messages: Sequence[Specs]) -> None:
         self._messages = messages
         largest = max((sum(spec.bytes for spec in specs) for specs in messages), default=0)
         self._ahead = max(AHEAD, AHEAD_BYTES // max(largest, 1))
-        self._next: Iterator[Specs] = iter(())
-        self._posted: deque[tuple[list[Any], list[Value]]] = deque()
 
     def begin(self) -> None:
         self._next = iter(self._messages)

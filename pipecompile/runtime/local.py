@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipecompile.ir import Program, StagePlan
+from pipecompile.ir import Program, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.executor import Executor, Ran, Step, fault
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.messages import by_index, interleave
 from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.sizes import MOST, StepSizes, StepSizesOf, plans_at
 from pipecompile.runtime.transport import Mailboxes, Transport
 from pipecompile.runtime.versions import Versions
 from pipecompile.runtime.wiring import Reduce, wire
@@ -24,7 +26,8 @@ from pipecompile.runtime.wiring import Reduce, wire
 class LocalRuntime:
     """``step`` trains ``stages`` (by index) on a batch; ``loss`` and ``weight`` name the outputs that make its value.
 
-    ``mail`` carries the messages between ranks, by hand-over unless given.
+    ``mail`` carries the messages between ranks, by hand-over unless given. ``inputs`` are the batch's tensors as they
+    were compiled: with them, sizes that the model leaves open may change from step to step.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class LocalRuntime:
         loss: str,
         weight: str = "",
         mail: Transport | None = None,
+        inputs: Sequence[Value] = (),
     ) -> None:
         found = by_index(plans, program)
         self._microbatches = program.shape.microbatches
@@ -51,7 +55,19 @@ class LocalRuntime:
         if self._versions is not None:
             for executor in self._ranks:
                 executor.steps = self._versions.steps(executor)
-        self._steps = [self._ranks[rank].steps[position] for rank, position in interleave(program, found)]
+        order = interleave(program, found)
+        self._steps = [self._ranks[rank].steps[position] for rank, position in order]
+        self._sizes_of = StepSizesOf(inputs)
+
+        def wired(sizes: StepSizes) -> list[Step]:
+            at = plans_at(found, self._sizes_of.names, sizes)
+            for rank, executor in enumerate(self._ranks):
+                executor.steps = executor.wired(wire(program, rank, stages, found, loss, weight, at))
+            rows = [self._versions.steps(one) if self._versions else one.steps for one in self._ranks]
+            return [rows[rank][position] for rank, position in order]
+
+        self._wired = lru_cache(MOST)(wired)
+        self._sizes: StepSizes = (self._sizes_of.compiled,) * self._microbatches
         shared = shared_parameters(stages, found)
         self._copies = [tensors for tensors in shared.values() if len(tensors) > 1]
         everything = [list(stage.parameters()) for stage in stages.values()]
@@ -91,6 +107,8 @@ class LocalRuntime:
         """``step`` for a batch in pieces; each instruction runs within ``around`` of it."""
         for executor in self._ranks:
             executor.begin(microbatches)
+        if (sizes := self._sizes_of(microbatches)) != self._sizes:
+            self._steps, self._sizes = self._wired(sizes), sizes
         self._mail.begin()
         self._apart.begin()
         if self._versions is not None:

@@ -6,7 +6,7 @@ each other. On a channel messages arrive in the order in which they were sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipecompile.errors import ProgramError
@@ -64,14 +64,17 @@ def message_of(one: Instruction, plans: Plans, placement: tuple[int, ...]) -> Me
     )
 
 
-def channels(program: Program, plans: Plans) -> dict[Channel, tuple[Message, ...]]:
-    """The messages of each channel in order; ProgramError where sends and receives differ."""
+def channels(program: Program, plans: Plans, at: Sequence[Plans] = ()) -> dict[Channel, tuple[Message, ...]]:
+    """The messages of each channel in order; ProgramError where sends and receives differ.
+
+    ``at`` are the plans at each microbatch's sizes, if these are others than the compiled ones.
+    """
     sent: dict[Channel, list[tuple[Instruction, Message]]] = {}
     received: dict[Channel, list[tuple[Instruction, Message]]] = {}
     for row in program.rows:
         for one in row:
             if one.op in (*SENDS, *RECEIVES):
-                message = message_of(one, plans, program.shape.placement)
+                message = message_of(one, at[one.microbatch] if at else plans, program.shape.placement)
                 (sent if one.op in SENDS else received).setdefault(message.channel, []).append((one, message))
     for channel in sorted({*sent, *received}):
         here, there = sent.get(channel, []), received.get(channel, [])

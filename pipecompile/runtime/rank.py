@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipecompile.errors import RuntimeFault
-from pipecompile.ir import Program, Spec, StagePlan
+from pipecompile.ir import Program, Spec, StagePlan, Value
 from pipecompile.ir.versions import updates
-from pipecompile.runtime.channels import Channels, Meeting
-from pipecompile.runtime.executor import Executor, Ran, timed, told
+from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
+from pipecompile.runtime.executor import Executor, Ran, Step, timed, told
 from pipecompile.runtime.faults import check_in
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.links import wait_for
@@ -24,6 +25,7 @@ from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.sentry import Sentry
 from pipecompile.runtime.sigterm import outlive_sigterm
+from pipecompile.runtime.sizes import MOST, StepSizes, StepSizesOf, plans_at
 from pipecompile.runtime.versions import Versions
 from pipecompile.runtime.wiring import Reduce, wire
 
@@ -37,7 +39,8 @@ class RankRuntime:
     ``stages`` are the rank's own, ``plans`` all. The default process group must be there (``connect`` makes it), with
     one process for each rank. A wait longer than ``timeout_s`` seconds is a RuntimeFault; so is any failure of another
     rank, and its message is the first one's. Ranks of one host pass messages between CPUs through shared memory, unless
-    ``shared_memory`` is False.
+    ``shared_memory`` is False. ``inputs`` are the batch's tensors as they were compiled: with them, sizes that the model
+    leaves open may change from step to step.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class RankRuntime:
         timeout_s: float = 300.0,
         device: torch.device | str | None = None,
         shared_memory: bool = True,
+        inputs: Sequence[Value] = (),
     ) -> None:
         found = by_index(plans, program)
         ranks = program.shape.ranks
@@ -77,6 +81,16 @@ class RankRuntime:
         self._reducing = _reduce_groups(program, rank, self._timeout)
         self._everyone = dist.new_group(list(range(ranks)), timeout=self._timeout)
         self._executor = Executor(row, self._channels, self._reduce, self._microbatches, not weight)
+        self._sizes_of = StepSizesOf(inputs)
+
+        def wired(sizes: StepSizes) -> tuple[list[Step], Contents]:
+            at = plans_at(found, self._sizes_of.names, sizes)
+            self._executor.steps = self._executor.wired(wire(program, rank, stages, found, loss, weight, at))
+            steps = self._versions.steps(self._executor) if self._versions else self._executor.steps
+            return steps, contents(program, found, at)
+
+        self._wired = lru_cache(MOST)(wired)
+        self._sizes: StepSizes = (self._sizes_of.compiled,) * self._microbatches
         self._shared = shared_parameters(stages, found)
         everything = [list(stage.parameters()) for stage in stages.values()]
         self._versions = Versions(program, stages, found, self._sum_now) if updates(program.rows) else None
@@ -97,7 +111,8 @@ class RankRuntime:
         ``ran`` gets this rank's instructions with the times at which they began and ended.
         """
         self._check_alive()
-        self._executor.begin(split(batch, self._microbatches))
+        microbatches = split(batch, self._microbatches)
+        self._executor.begin(microbatches)
         self._apart.begin()
         if self._versions is not None:
             self._versions.begin(optimizer)
@@ -105,6 +120,10 @@ class RankRuntime:
         words[STEP] += 1
         words[PLACE] = BEGINNING
         try:
+            if (sizes := self._sizes_of(microbatches)) != self._sizes:
+                self._executor.steps, carried = self._wired(sizes)
+                self._channels.resize(carried)
+                self._sizes = sizes
             self._channels.begin()
             steps = self._executor.steps
             for step in steps if ran is None else [timed(step, ran) for step in steps]:

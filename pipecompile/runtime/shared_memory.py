@@ -71,10 +71,16 @@ class _End:
         self._views: list[list[Tensor | None]] = []
         self._next: Iterator[list[Tensor | None]] = iter(())
         self._heard = 0
+        self._room = 0
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
         self._connection.close()
         self._views, self._next = [], iter(())
+
+    def _map(self, memory: int, size: int) -> None:
+        self._memory = torch.frombuffer(mmap.mmap(memory, size), dtype=torch.uint8)
+        self._room = size
 
     def _tell(self) -> None:
         """One byte to the other end."""
@@ -128,18 +134,33 @@ class SharedSender(_End):
         spin: bool,
     ) -> None:
         super().__init__(connection, peer, timeout, spin)
-        memory = os.memfd_create("pipecompile", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(memory, _slot_bytes(messages) * slots)
-            socket.send_fds(connection, [b"."], [memory])
-            self._views = _views(memory, messages, slots)
-        finally:
-            os.close(memory)
+        self._slots = slots
+        self._begun = False
+        self.resize(messages)
+
+    def resize(self, messages: Sequence[Specs]) -> None:
+        """Send new memory where the messages do not fit into the old one."""
+        self._wait_until_taken()
+        if self._room < (needed := _slot_bytes(messages) * self._slots):
+            memory = os.memfd_create("pipecompile", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(memory, needed)
+                socket.send_fds(self._connection, [b"."], [memory])
+                self._map(memory, needed)
+            except OSError as error:
+                raise broken(self._whom) from error
+            finally:
+                os.close(memory)
+        self._views = _views(self._memory, messages, self._slots)
+
+    def _wait_until_taken(self) -> None:
+        """Until the other end has taken all of the step before."""
+        if self._begun:
+            self._hear()
         self._begun = False
 
     def begin(self) -> None:
-        if self._begun:
-            self._hear()  # the other end has taken all of the step before
+        self._wait_until_taken()
         self._begun = True
         self._next = iter(self._views)
 
@@ -170,12 +191,24 @@ class SharedReceiver(_End):
         spin: bool,
     ) -> None:
         super().__init__(connection, peer, timeout, spin)
-        self._sleep(select.POLLIN)
-        _, (memory,), _, _ = socket.recv_fds(connection, 1, 1)
-        try:
-            self._views = _views(memory, messages, slots)
-        finally:
-            os.close(memory)
+        self._slots = slots
+        self.resize(messages)
+
+    def resize(self, messages: Sequence[Specs]) -> None:
+        """Take the sender's new memory where the messages do not fit into the old one."""
+        if self._room < (needed := _slot_bytes(messages) * self._slots):
+            self._sleep(select.POLLIN)
+            try:
+                _, memories, _, _ = socket.recv_fds(self._connection, 1, 1)
+            except OSError as error:
+                raise broken(self._whom) from error
+            if not memories:
+                raise broken(self._whom)
+            try:
+                self._map(memories[0], needed)
+            finally:
+                os.close(memories[0])
+        self._views = _views(self._memory, messages, self._slots)
 
     def begin(self) -> None:
         self._next = iter(self._views)
@@ -202,23 +235,22 @@ def _bytes(spec: Spec) -> int:
     return 0 if spec.dtype == "none" else spec.bytes
 
 
-def _views(memory: int, messages: Sequence[Specs], slots: int) -> list[list[Tensor | None]]:
+def _views(memory: Tensor, messages: Sequence[Specs], slots: int) -> list[list[Tensor | None]]:
     """For each message the tensors of its slot, None for a value that is None."""
     size = _slot_bytes(messages)
-    everything = torch.frombuffer(mmap.mmap(memory, size * slots), dtype=torch.uint8)
     found = []
     for slot, specs in zip(itertools.cycle(range(slots)), messages):
         places = itertools.accumulate(map(_aligned, specs), initial=slot * size)
-        found.append([_view(everything, place, spec) for place, spec in zip(places, specs)])
+        found.append([_view(memory, place, spec) for place, spec in zip(places, specs)])
     return found
 
 
-def _view(everything: Tensor, place: int, spec: Spec) -> Tensor | None:
+def _view(memory: Tensor, place: int, spec: Spec) -> Tensor | None:
     """A value's memory, laid out as it was when the model was compiled."""
     if spec.dtype == "none":
         return None
     order = spec.order or tuple(range(len(spec.shape)))
-    flat = everything.narrow(0, place, spec.bytes).view(getattr(torch, spec.dtype))
+    flat = memory.narrow(0, place, spec.bytes).view(getattr(torch, spec.dtype))
     lying = flat.view([spec.shape[dim] for dim in order])
     return lying.permute([order.index(dim) for dim in range(len(order))])
 

@@ -9,7 +9,7 @@ Every value that waits on a rank has a slot, a place in one list, known before t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,9 +102,18 @@ class Row:
 
 
 def wire(
-    program: Program, rank: int, stages: Mapping[int, nn.Module], plans: Plans, loss: str, weight: str = ""
+    program: Program,
+    rank: int,
+    stages: Mapping[int, nn.Module],
+    plans: Plans,
+    loss: str,
+    weight: str = "",
+    at: Sequence[Plans] = (),
 ) -> Row:
-    """The steps of ``rank``; ProgramError if one would read what is not there yet."""
+    """The steps of ``rank``; ProgramError if one would read what is not there yet.
+
+    ``at`` are the plans at each microbatch's sizes, if these are others than the compiled ones.
+    """
     for wanted in program.shape.stages_of(rank):
         if wanted not in stages:
             raise ProgramError(f"rank {rank} runs stage {wanted}, but was given stages {sorted(stages)}; give it all")
@@ -112,7 +121,7 @@ def wire(
         makers = [plan.index for plan in plans.values() if any(port.name == name for port in plan.outputs)]
         if len(makers) != 1:
             raise ProgramError(f"stages {makers} give {name!r}; one stage must, and its plan must list it as an output")
-    wiring = _Wiring(program, rank, stages, plans, loss, weight)
+    wiring = _Wiring(program, rank, stages, plans, loss, weight, at)
     row = program.rows[rank]
     return Row(rank, row, tuple(wiring.operand(one) for one in row), len(wiring.slots))
 
@@ -126,10 +135,18 @@ class _Wiring:
     """Gives slots out while it walks the row, and knows which are filled at each point."""
 
     def __init__(
-        self, program: Program, rank: int, stages: Mapping[int, nn.Module], plans: Plans, loss: str, weight: str
+        self,
+        program: Program,
+        rank: int,
+        stages: Mapping[int, nn.Module],
+        plans: Plans,
+        loss: str,
+        weight: str,
+        at: Sequence[Plans],
     ) -> None:
         self.placement = program.shape.placement
-        self.rank, self.stages, self.plans, self.loss, self.weight = rank, stages, plans, loss, weight
+        self.rank, self.stages, self.loss, self.weight = rank, stages, loss, weight
+        self.plans = at or [plans] * program.shape.microbatches
         self.slots: dict[Key, int] = {}
         self.filled: set[Key] = set()
         self.sent = {
@@ -174,11 +191,11 @@ class _Wiring:
 
     def _forward(self, one: Instruction) -> Forward:
         s, m = one.stage, one.microbatch
-        plan = self.plans[s]
+        plan = self.plans[m][s]
         arguments = tuple(
             (
                 self._take(self._key("F", port.source, s, m, port.name), one),
-                list(port.spec.shape) if port.spec.gradient else None,
+                list(map(int, port.spec.shape)) if port.spec.gradient else None,
             )
             for port in plan.inputs
         )
@@ -196,14 +213,14 @@ class _Wiring:
         )
         dtype = None if port.spec.dtype == "none" else getattr(torch, port.spec.dtype)
         is_loss, is_weight = port.name == self.loss, bool(self.weight) and port.name == self.weight
-        return Result(port.name, port.spec.shape, dtype, slots, gradients, is_loss, is_weight)
+        return Result(port.name, tuple(map(int, port.spec.shape)), dtype, slots, gradients, is_loss, is_weight)
 
     def _backward(self, one: Instruction) -> Backward:
         s, m = one.stage, one.microbatch
         if one.op == "BACKWARD_WEIGHT":
             return Backward(s, m, self._take(self._key("weights", s, s, m), one), ())
         kept = self._take(self._key("kept", s, s, m), one)
-        plan = self.plans[s]
+        plan = self.plans[m][s]
         for port in plan.outputs:
             for target in port.targets if _gradient_returns(port) else ():
                 self._take(self._key("B", target, s, m, port.name), one)
@@ -220,7 +237,7 @@ class _Wiring:
         return (self._put(key), False) if key in self.sent else (-1, True)
 
     def _transmit(self, one: Instruction) -> Transmit:
-        message = message_of(one, self.plans, self.placement)
+        message = message_of(one, self.plans[one.microbatch], self.placement)
         keys = [self._key(one.op[-1], message.source, message.target, message.microbatch, v) for v in message.values]
         if one.op in SENDS:
             return Transmit(message, tuple(self._take(key, one) for key in keys))

@@ -17,10 +17,11 @@ class Stage0(Stage):
     def _replicated(self, batch):
         """Cheap values without a gradient that every reading stage computes."""
         input_ids = batch["input_ids"]
+        sequence_length = batch["input_ids"].size(1)
         device = device_of(self, batch)
         # transformer
-        view = input_ids.view(-1, 16)
-        arange = torch.arange(16, device=device)
+        view = input_ids.view(-1, sequence_length)
+        arange = torch.arange(sequence_length, device=device)
         add = arange + 0
         position_ids = add.unsqueeze(0)
         return (view, position_ids)

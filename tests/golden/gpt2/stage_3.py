@@ -21,9 +21,10 @@ class Stage3(Stage):
     def _replicated(self, batch):
         """Cheap values without a gradient that every reading stage computes."""
         labels = batch["labels"]
+        sequence_length = batch["input_ids"].size(1)
         device = device_of(self, batch)
         # transformer
-        arange = torch.arange(16, device=device)
+        arange = torch.arange(sequence_length, device=device)
         add = arange + 0
         position_ids = add.unsqueeze(0)
         # the model itself, and its loss
@@ -34,11 +35,12 @@ class Stage3(Stage):
         return (position_ids, view_3)
 
     def forward(self, batch, hidden_states_4):
+        sequence_length = batch["input_ids"].size(1)
         position_ids, view_3 = self._replicated(batch)
         h = self.transformer.h[3](hidden_states_4, position_ids=position_ids)
         ln_f = self.transformer.ln_f(h)
         # transformer
-        transformer = ln_f.view(-1, 16, 32)
+        transformer = ln_f.view(-1, sequence_length, 32)
         lm_head = self.lm_head(transformer)
         # the model itself, and its loss
         view_2 = lm_head.view(-1, 128)

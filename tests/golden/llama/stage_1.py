@@ -21,9 +21,10 @@ class Stage1(Stage):
     def _replicated(self, batch):
         """Cheap values without a gradient that every reading stage computes."""
         labels = batch["labels"]
+        sequence_length = batch["input_ids"].size(1)
         device = device_of(self, batch)
         # model
-        arange = torch.arange(16, device=device)
+        arange = torch.arange(sequence_length, device=device)
         add = arange + 0
         position_ids = add.unsqueeze(0)
         with torch.no_grad():

@@ -27,8 +27,10 @@ class Stage1(Stage):
     def _replicated(self, batch):
         """Cheap values without a gradient that every reading stage computes."""
         labels = batch["labels"]
+        batch_size = batch["input_ids"].size(0)
+        sequence_length_2 = batch["labels"].size(1)
         # the model itself, and its loss
-        new_zeros = labels.new_zeros([2, 10], pin_memory=False)
+        new_zeros = labels.new_zeros([batch_size, sequence_length_2], pin_memory=False)
         slice_ = labels[:, :-1]
         clone = slice_.clone()
         slice__2 = new_zeros[:, 1:]

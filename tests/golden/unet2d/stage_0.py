@@ -24,9 +24,10 @@ class Stage0(Stage):
     def _replicated(self, batch):
         """Cheap values without a gradient that every reading stage computes."""
         timestep = batch["timestep"]
+        batch_size = batch["sample"].size(0)
         device = device_of(self, batch)
         # the model itself, and its loss
-        ones = aten.ones.default([2], dtype=torch.int64, device=device, pin_memory=False)
+        ones = aten.ones.default([batch_size], dtype=torch.int64, device=device, pin_memory=False)
         timesteps = timestep * ones
         # time_proj
         arange = torch.arange(0, 8, dtype=torch.float32, device=device)

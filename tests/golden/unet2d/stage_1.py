@@ -21,6 +21,7 @@ from pipecompile.runtime import Stage
 
 class Stage1(Stage):
     def forward(self, batch, input_tensor, temb, hidden_states_4, hidden_states_2):
+        batch_size = batch["sample"].size(0)
         hidden_states_6 = self.mid_block.resnets[1](input_tensor, temb)
         # up_blocks.0
         input_tensor_2 = torch.cat([hidden_states_6, hidden_states_4], 1)
@@ -30,7 +31,7 @@ class Stage1(Stage):
         input_tensor_3 = torch.cat([attentions, hidden_states_2], 1)
         hidden_states_8 = self.up_blocks[0].resnets[1](input_tensor_3, temb)
         # up_blocks.0.attentions.1
-        view = hidden_states_8.view(2, 32, 64)
+        view = hidden_states_8.view(batch_size, 32, 64)
         transpose = view.transpose(1, 2)
         transpose_2 = transpose.transpose(1, 2)
         group_norm = self.up_blocks[0].attentions[1].group_norm(transpose_2)
@@ -40,18 +41,18 @@ class Stage1(Stage):
         to_k = self.up_blocks[0].attentions[1].to_k(transpose_3)
         to_v = self.up_blocks[0].attentions[1].to_v(transpose_3)
         # up_blocks.0.attentions.1
-        view_2 = to_q.view(2, -1, 4, 8)
+        view_2 = to_q.view(batch_size, -1, 4, 8)
         transpose_4 = view_2.transpose(1, 2)
-        view_3 = to_k.view(2, -1, 4, 8)
+        view_3 = to_k.view(batch_size, -1, 4, 8)
         transpose_5 = view_3.transpose(1, 2)
-        view_4 = to_v.view(2, -1, 4, 8)
+        view_4 = to_v.view(batch_size, -1, 4, 8)
         transpose_6 = view_4.transpose(1, 2)
         scaled_dot_product_attention = F.scaled_dot_product_attention(transpose_4, transpose_5, transpose_6)
         transpose_7 = scaled_dot_product_attention.transpose(1, 2)
-        reshape = transpose_7.reshape(2, -1, 32)
+        reshape = transpose_7.reshape(batch_size, -1, 32)
         to_out = self.up_blocks[0].attentions[1].to_out[0](reshape)
         # up_blocks.0.attentions.1
         transpose_8 = to_out.transpose(-1, -2)
-        reshape_2 = transpose_8.reshape(2, 32, 8, 8)
+        reshape_2 = transpose_8.reshape(batch_size, 32, 8, 8)
         add = reshape_2 + hidden_states_8
         return (add,)
