@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipecompile.errors import PartitionError
@@ -14,7 +14,8 @@ from pipecompile.passes.storage import roots
 class StageBody:
     """A stage before it is source: its nodes in program order, those it computes for itself, and its batch inputs.
 
-    ``copied`` are received values that it changes in place and therefore copies first.
+    ``copied`` are received values that it changes in place and therefore copies first. ``recomputed`` are the names of the
+    calls that run again in the backward.
     """
 
     plan: StagePlan
@@ -22,10 +23,20 @@ class StageBody:
     replicated: tuple[Node, ...]
     batch: tuple[Value, ...]
     copied: tuple[str, ...] = ()
+    recomputed: frozenset[str] = frozenset()
 
 
-def assemble(graph: Graph, stage_of: Mapping[str, int], stages: int) -> tuple[StageBody, ...]:
-    """The stages for a stage of each node (replicated nodes have none). Raises PartitionError for a value that goes back."""
+def assemble(
+    graph: Graph,
+    stage_of: Mapping[str, int],
+    stages: int,
+    recompute: Sequence[str] = (),
+    recomputed: Iterable[str] = (),
+) -> tuple[StageBody, ...]:
+    """The stages for a stage of each node (replicated nodes have none). Raises PartitionError for a value that goes back.
+
+    ``recompute`` has each stage's mode, ``recomputed`` the calls that mode "calls" is for.
+    """
     producer = {value.name: node.name for node in graph.nodes for value in node.outputs}
     spec = {value.name: value.spec for node in graph.nodes for value in node.outputs}
     own = [[n for n in graph.nodes if stage_of.get(n.name, -1) == s] for s in range(stages)]
@@ -53,7 +64,12 @@ def assemble(graph: Graph, stage_of: Mapping[str, int], stages: int) -> tuple[St
         needed = set(reads) | {name for node in replicated for name in node.reads}
         batch = tuple(value for value in graph.inputs if value.name in needed)
         bodies.append(StageBody(plan, tuple(nodes), replicated, batch, _copied(graph, nodes, inputs)))
-    return _with_shared(graph, _with_leftovers(graph, bodies))
+    whole = _with_shared(graph, _with_leftovers(graph, bodies))
+    again = frozenset(recomputed)
+    return tuple(
+        replace(body, plan=replace(body.plan, recompute=mode), recomputed=again if mode == "calls" else frozenset())
+        for body, mode in zip(whole, recompute or ("none",) * stages)
+    )
 
 
 def _readers(own: list[list[Node]]) -> dict[str, list[int]]:

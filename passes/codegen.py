@@ -89,6 +89,9 @@ class _Source:
             lines += ["from torch.utils.checkpoint import checkpoint"]
         lines += [""] if lines else []
         names = ["Stage", *(["device_of"] if self.render.uses_device else [])]
+        names += ["recompute"] if self.body.recomputed.intersection(node.name for node in self.body.nodes) else []
+        names += ["recomputed"] if self.body.plan.recompute == "stage" else []
+        names += ["report"] if self._reported() else []
         names += ["reseed"] if any(node.stream >= 0 for node in self.body.nodes) else []
         lines += [f"from pipecompile.runtime import {', '.join(names)}"]
         return lines + (["", "aten = torch.ops.aten"] if "aten" in used else [])
@@ -131,7 +134,8 @@ class _Source:
         plan = self.body.plan
         statements, sizes = self._statements(self.body.nodes), self._sizes()
         arguments = ["self", "batch", *(port.name for port in plan.inputs)]
-        lines = statement("", "def forward", arguments, 4, ":")
+        lines = ["    @recomputed"] if plan.recompute == "stage" else []
+        lines += statement("", "def forward", arguments, 4, ":")
         lines += self._batch({name for node in self.body.nodes for name in node.reads} | {p.name for p in plan.outputs})
         lines += sizes
         if self.body.replicated:
@@ -139,7 +143,14 @@ class _Source:
         lines += [f"        {name} = {name}.clone()  # changed in place below" for name in self.body.copied]
         if lines[-1].endswith(":"):
             statements = statements[statements[:1] == [""] :]  # no empty line at the beginning
+        told = ", ".join(f"{name!r}: {value}" for name, value in self._reported().items())
+        statements += [f"        report({{{told}}})"] if told else []
         return [*lines, *statements, f"        return {_tuple([port.name for port in plan.outputs])}"]
+
+    def _reported(self) -> dict[str, str]:
+        """What this stage makes of the values that are reported."""
+        made = {value.name for node in self.body.nodes for value in node.outputs}
+        return {name: value for name, value in self.graph.reported.items() if value in made}
 
     def _statements(self, nodes: Iterable[Node]) -> list[str]:
         lines: list[str] = []
@@ -186,6 +197,8 @@ class _Source:
 
     def _node(self, node: Node, indent: int) -> list[str]:
         function, arguments = self.render.call(node)
+        if node.name in self.body.recomputed:
+            function, arguments = "recompute", [function, *arguments]
         if node.kind == "call" and not arguments:
             arguments = [""]
         outputs = node.outputs

@@ -68,6 +68,7 @@ def renumber(graph: Graph) -> Graph:
         calls=tuple(rename_call(call, names) for call in graph.calls),
         loss=names[graph.loss],
         weight=names.get(graph.weight, ""),
+        reported={name: names[value] for name, value in graph.reported.items()},
     )
 
 
@@ -87,7 +88,7 @@ def closed_calls(graph: Graph) -> set[str]:
     """Keys of the calls whose operations touch the outside only through the call's inputs and results."""
     made_at = {value.name: position for position, node in enumerate(graph.nodes) for value in node.outputs}
     read_last = {name: position for position, node in enumerate(graph.nodes) for name in node.reads}
-    read_last |= dict.fromkeys((graph.loss, graph.weight), len(graph.nodes))
+    read_last |= dict.fromkeys((graph.loss, graph.weight, *graph.reported.values()), len(graph.nodes))
 
     def is_closed(call: Call) -> bool:
         results = {name for _, name in call.results}
@@ -216,7 +217,7 @@ def refs(whole: object) -> Iterator[str]:
 def _drop_dead(graph: Graph, nodes: list[Node]) -> list[Node]:
     """Only nodes that the loss needs or that change a buffer, and of their results only those that are read."""
     storage = {v.name: v.storage or v.name for node in nodes for v in (*node.outputs, *_inner(node))}
-    live = {graph.loss, graph.weight}
+    live = {graph.loss, graph.weight, *graph.reported.values()}
     live_storage = {storage.get(name, name) for name in live}
     kept: list[Node] = []
     for node in reversed(nodes):

@@ -1,6 +1,6 @@
 """Finds what every stage may compute for itself instead of receiving it: masks, position ids, rotary tables.
 
-A node is replicable if no gradient flows through it, it draws nothing at random, it reads no parameter and no buffer
+A node is replicable if no gradient flows through it, it makes nothing that is reported, it draws nothing at random, it reads no parameter and no buffer
 that the step changes, it is cheap, and all that it reads is replicable or in the batch. Memory that is changed in place
 is replicated as a whole, with all its writers, or not at all.
 """
@@ -18,7 +18,10 @@ HEAVY = ("mm", "matmul", "linear", "conv", "attention", "einsum", "lstm", "gru",
 def replicable(graph: Graph) -> frozenset[str]:
     """Names of the operations that each reading stage can compute for itself."""
     written = {name for node in graph.nodes for name in node.written_buffers}
-    names = {node.name for node in graph.nodes if _may(node, written)}
+    asked = set(graph.reported.values())
+    names = {
+        node.name for node in graph.nodes if _may(node, written) and not any(v.name in asked for v in node.outputs)
+    }
     producer = {value.name: node.name for node in graph.nodes for value in node.outputs}
     groups = _written_groups(graph)
     while True:

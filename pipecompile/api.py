@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipecompile.capture import Loss, untouched
@@ -16,13 +17,18 @@ from pipecompile.compare import differences, gradients, gradients_aside, worst
 from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import Weigh, compile_model
 from pipecompile.cost import NodeCost, estimate, measure, read_costs
-from pipecompile.errors import VerificationError
+from pipecompile.errors import ScheduleError, VerificationError
 from pipecompile.ir import Graph
 from pipecompile.machine import Machine, find_machine, parse_bytes
+from pipecompile.masters import read_dtype
 from pipecompile.pipe import Pipe, build_files, read_files
+from pipecompile.recomputing import Recompute, read_modes
 from pipecompile.runtime import from_first_rank, split
 from pipecompile.simulate import Link
 from pipecompile.weighing import weigh
+
+VERSIONED = ("pipedream", "pipedream-2bw")
+"""Schedules that keep versions of the weights."""
 
 __all__ = ["Pipe", "compile", "load", "pipeline"]
 
@@ -40,6 +46,8 @@ def compile(
     machine: str | Path | Machine | None = None,
     memory: int | str | None = None,
     opaque: tuple[str, ...] = (),
+    recompute: Recompute = "none",
+    gradient_dtype: torch.dtype | None = None,
     check: bool = True,
     progress: bool = True,
     source: Mapping[str, Any] | None = None,
@@ -49,12 +57,20 @@ def compile(
     ``batch`` is a whole batch (dict: keywords, tuple: positions), whose tensors' dimension 0 is split into
     ``microbatches``. ``costs`` is "measure", "estimate" or a cost file; ``machine`` names the device and link for
     estimates and the forecast; ``memory`` is each rank's limit ("80GiB" or bytes); modules whose FQN matches a pattern
-    of ``opaque`` are never cut. ``check=False`` skips the comparison of one microbatch with the unsplit model. In a
+    of ``opaque`` are never cut. ``recompute`` says what runs again before its backward instead of keeping what it saves:
+    "none", "calls" (each large module call) or "stage", for all stages or by stage ({0: "stage"}). With ``gradient_dtype``
+    (torch.float32), gradients of bfloat16 and float16 parameters are summed in that dtype and trained as
+    ``pipe.master_parameters()``. ``check=False`` skips the comparison of one microbatch with the unsplit model. In a
     process group, rank 0 compiles and every rank gets its result.
 
     Raises CaptureError, PartitionError, ScheduleError, CostError, MemoryLimitError, BatchError or VerificationError.
     """
     device = machine if isinstance(machine, Machine) else find_machine(machine or "cpu")
+    if schedule in VERSIONED and (recompute != "none" or gradient_dtype):
+        raise ScheduleError(
+            f"{schedule} updates weights while it runs, which goes with neither recompute nor gradient_dtype; leave them "
+            "out, or choose another schedule"
+        )
     options = Options(
         stages=stages,
         ranks=ranks or stages,
@@ -63,6 +79,8 @@ def compile(
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
         link=Link(device.link_latency_us / 1e3, device.link_bandwidth / 1e3),
         opaque=tuple(opaque),
+        recompute=read_modes(recompute, stages),
+        gradient_dtype=read_dtype(gradient_dtype),
     )
 
     def files() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipecompile.ir import Forecast, Program, Shape
+from pipecompile.ir import Forecast, Program, Shape, Value
 from pipecompile.passes.assemble import StageBody, held
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.notes import stage_notes
@@ -20,7 +20,10 @@ from pipecompile.simulate import Link
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user may choose; ``memory`` is in bytes for each rank, ``opaque`` are FQN patterns of modules never cut."""
+    """What a user may choose; ``memory`` is in bytes for each rank, ``opaque`` are FQN patterns of modules never cut.
+
+    ``recompute`` has a mode for each stage (see recomputing.py); empty: none anywhere.
+    """
 
     stages: int
     ranks: int
@@ -31,6 +34,18 @@ class Options:
     link: Link | None = None
     optimizer_factor: float = 2.0
     opaque: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
+    gradient_dtype: str = ""
+
+    @property
+    def recomputes_stages(self) -> bool:
+        """Whether all stages are recomputed as a whole."""
+        return set(self.recompute) == {"stage"}
+
+    @property
+    def recomputes_parts(self) -> bool:
+        """Whether something is recomputed, but not every stage as a whole."""
+        return bool(set(self.recompute) - {"none"}) and not self.recomputes_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +62,7 @@ class Compiled:
     def plan(self, source: Mapping[str, Any], note: str = "") -> Plan:
         """The plan; ``source`` says where the model came from, ``note`` is added to the graph's own."""
         graph, partition, link = self.split.graph, self.split.partition, self.options.link
+        specs = {value.name: value.spec for node in graph.nodes for value in node.outputs}
         return Plan(
             model=partition.graph,
             schedule=self.options.schedule,
@@ -63,6 +79,8 @@ class Compiled:
             forecast=self.forecast,
             bound_ms=partition.bound_ms,
             bound_bytes=partition.bound_bytes,
+            gradient_dtype=self.options.gradient_dtype,
+            reported=tuple(Value(name, specs[value]) for name, value in graph.reported.items()),
             random=self.split.random,
             replicated=tuple(node.name for node in graph.nodes if node.name in graph.replicated),
             why=self.why(),
@@ -90,4 +108,6 @@ class Compiled:
         """The same stages with a program for one microbatch, each on a rank of its own."""
         shape = Shape(self.options.stages, self.options.stages, 1)
         program = communicate(make_timetable("gpipe", shape), self.split.partition)
-        return replace(self.plan({}), microbatches=1, ranks=shape.ranks, placement=shape.placement), program
+        return replace(
+            self.plan({}), gradient_dtype="", microbatches=1, ranks=shape.ranks, placement=shape.placement
+        ), program

@@ -13,6 +13,7 @@ from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import NodeCost
 from pipecompile.cutting import Cutter, less_memory, with_shorter_step
 from pipecompile.ir import Graph, Partition, Shape, StagePlan
+from pipecompile.masters import with_masters
 from pipecompile.passes.assemble import assemble
 from pipecompile.passes.codegen import codegen
 from pipecompile.passes.communicate import communicate
@@ -20,6 +21,7 @@ from pipecompile.passes.notes import with_notes
 from pipecompile.passes.opening import Split, split
 from pipecompile.passes.schedules import check_shape
 from pipecompile.passes.verify import verify
+from pipecompile.recomputing import closed_again, or_advice, priced, recomputed_calls, with_modes
 from pipecompile.simulate import simulate
 
 Price = Callable[[Graph], Mapping[str, NodeCost]]
@@ -37,12 +39,25 @@ def compile_model(
     shape = Shape(options.stages, options.ranks, options.microbatches)
     check_shape(options.schedule, shape)  # what is impossible is refused before the model is traced
     graph = with_notes(capture(model, microbatch, loss, options.opaque))
+    name = type(model).__name__
+    return or_advice(lambda chosen: compile_graph(graph, price, chosen, shape, name, weigh), options)
+
+
+def compile_graph(
+    graph: Graph, price: Price, options: Options, shape: Shape, name: str, weigh: Weigh | None
+) -> Compiled:
+    """Compile a traced step of the model ``name``."""
 
     def within(memory: int | None) -> Compiled:
         cutter = Cutter(replace(options, memory=memory), shape)
-        parts = split(graph, options.stages, price, cutter, type(model).__name__)
+        parts = split(graph, options.stages, priced(price, options), cutter, name)
         parts = with_shorter_step(parts, cutter)
-        bodies = assemble(parts.graph, parts.stage_of, options.stages)
+        if "calls" in options.recompute:
+            parts = closed_again(parts, graph, price)
+        plain = price(parts.graph)
+        parts = with_masters(with_modes(parts, options.recompute, plain), options.gradient_dtype)
+        again = recomputed_calls(parts.graph, plain)
+        bodies = assemble(parts.graph, parts.stage_of, options.stages, options.recompute, again)
         sources = codegen(parts.graph, bodies, parts.partition.costs)
         if weigh is not None:
             parts = replace(parts, partition=weigh(parts, [body.plan for body in bodies], sources))

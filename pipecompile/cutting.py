@@ -48,7 +48,8 @@ class Cutter:
         """A partition, and one that fits if memory is limited; MemoryLimitError says what would do."""
         options = self.options
         chosen = options.tolerance if tolerance is None else tolerance
-        if options.memory is None:
+        costs = replace(costs, recompute="stage" if options.recomputes_stages else "none")
+        if options.memory is None or options.recomputes_parts:  # these are chosen in the finished cut
             return partition(costs, options.stages, tolerance=chosen, time_limit=SECONDS)
         for share in BUDGETS:
             try:

@@ -2,7 +2,9 @@
 
     always         parameters + gradients of the trainable ones + optimizer state (a factor of the trainable ones)
     forward        + saved activations + the stage's outputs that go to another rank, until the backward of the same
-                   stage and microbatch (the weight half, if it is split)
+                   stage and microbatch (the weight half, if it is split); where these are recomputed, + what came
+                   from a stage of the same rank
+    backward       + what it recomputes, until it ends (the weight half, if it is split)
     receive        + the message, a value until the same backward, a gradient until the backward that reads it
     update         + what ``stash.py`` counts
     send gradient  + the message, until the next message to the same stage: a sender waits for its previous message
@@ -33,11 +35,12 @@ ADAM = 2.0
 def standing_bytes(
     program: Program | Timetable, partition: Partition, optimizer_factor: float = ADAM
 ) -> tuple[int, ...]:
-    """What each rank holds whatever it runs: parameters, gradients, optimizer state."""
+    """What each rank holds whatever it runs: parameters, gradients, optimizer state, masters."""
     sizes = [0] * program.shape.ranks
     for stage, rank in enumerate(program.shape.placement):
         cost = partition.costs[stage]
         sizes[rank] += cost.parameter_bytes + int(cost.trainable_bytes * (1 + optimizer_factor))
+        sizes[rank] += cost.master_bytes + int(cost.master_bytes / 2 * (1 + optimizer_factor))  # twice as wide
     return tuple(sizes)
 
 
@@ -134,8 +137,29 @@ def _lines(program: Program, partition: Partition, optimizer_factor: float) -> t
     for row, always in zip(program.rows, standing_bytes(program, partition, optimizer_factor)):
         found = Holdings.of(row, program.shape.placement, [(r.source, r.target) for r in routes])
         sizes = np.array([size[name] for name in found.columns], dtype=np.int64)
-        lines.append(tuple((always + found.counts @ sizes).tolist()))
+        again = _recomputed(row, partition, program.shape.placement)
+        lines.append(tuple((always + again + found.counts @ sizes).tolist()))
     return tuple(lines)
+
+
+def _recomputed(row: Sequence[Instruction], partition: Partition, placement: Sequence[int]) -> npt.NDArray[np.int64]:
+    """What recomputation holds at each instruction: inputs that came from the same rank, and what a backward remakes."""
+    kept = [0] * partition.stages
+    for t in partition.transfers:
+        if placement[t.source] == placement[t.target] and partition.costs[t.target].recomputed_bytes:
+            kept[t.target] += t.bytes
+    held: dict[tuple[int, int], int] = {}
+    line = np.zeros(len(row), dtype=np.int64)
+    for position, one in enumerate(row):
+        key, cost = (one.stage, one.microbatch), partition.costs[one.stage]
+        if one.op == "FORWARD":
+            held[key] = kept[one.stage]
+        elif one.op == "BACKWARD_INPUT":
+            held[key] = held.get(key, 0) + cost.recomputed_bytes
+        line[position] = sum(held.values()) + (cost.recomputed_bytes if one.op == "BACKWARD" else 0)
+        if one.op in ("BACKWARD", "BACKWARD_WEIGHT"):
+            held.pop(key, None)
+    return line
 
 
 def peak_bytes(program: Program, partition: Partition, optimizer_factor: float = ADAM) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,14 @@ from pipecompile.check_batch import check_batch
 from pipecompile.errors import BuildError
 from pipecompile.ir import Forecast, Program
 from pipecompile.ir.versions import updates
+from pipecompile.masters import Masters
 from pipecompile.model_file import ModelFile, read_model_file
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
 from pipecompile.runtime import (
+    Gathering,
     LocalRuntime,
     Ran,
     RankRuntime,
@@ -37,8 +39,9 @@ from pipecompile.runtime import (
     split,
     watch,
 )
+from pipecompile.runtime.sizes import StepSizesOf
 from pipecompile.saving import Share, load_weights, save_weights
-from pipecompile.training import bound_to_mode, clip_gradients, forward_only
+from pipecompile.training import bound_to_mode, check_compiler, clip_gradients, forward_only
 from pipecompile.updating import check_mean, check_optimizer
 from pipecompile.weights.checkpoint import open_checkpoint
 from pipecompile.weights.layout import Layout
@@ -89,7 +92,10 @@ class Pipe:
         self._mode = model.training
         self._bound = bound_to_mode(self.source(s) for s in range(len(self.plan.stages)))
         self._layout = Layout.of(model)
+        self._masters = Masters(self.parameters(), self.plan.gradient_dtype)
         self._timeout_s = timeout_s
+        self._gathering = Gathering((), 1, False)
+        self._gathered: dict[str, Tensor] = {}
         self._runtimes: dict[bool, LocalRuntime | RankRuntime] = {}
 
     def _make(self, index: int, model: nn.Module) -> Stage:
@@ -112,6 +118,23 @@ class Pipe:
             raise BuildError(f"stage {index} is not on rank {self.rank}, which has {here}; ask the rank that runs it")
         return self._stages[index]
 
+    def compile_stages(self, **options: Any) -> None:
+        """``torch.compile`` each stage of this process, in place, with its options; the next steps compile them.
+
+        With the default backend, random numbers (dropout) are torch.compile's own and differ from eager mode's; with
+        backend="aot_eager" they are the same. BuildError if the default backend lacks a C++ compiler on the CPU, or if a
+        stage is recomputed.
+        """
+        again = [plan.index for plan in self.plan.stages if plan.recompute != "none"]
+        if again:
+            raise BuildError(
+                f"stage {again[0]} is recomputed, which does not go with torch.compile (a stage may be compiled anew "
+                "between its two runs); compile the pipeline with recompute='none', torch.compile recomputes on its own"
+            )
+        check_compiler(self.parameters(), options.get("backend", "inductor"))
+        for stage in self._stages.values():
+            stage.compile(**options)
+
     def source(self, index: int) -> str:
         """The Python source of stage ``index``."""
         try:
@@ -121,8 +144,24 @@ class Pipe:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of this process's stages, each once, in the order of the stages."""
+        return [p for _, p in self.named_parameters()]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The same with their FQNs in the model (a tied one's first), for groups by name."""
         found = {id(p): p for stage in self._stages.values() for p in stage.parameters()}
-        return list(found.values())
+        names = self.share().names()
+        return [(names[key], p) for key, p in found.items()]
+
+    def named_master_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What an optimizer trains under ``gradient_dtype``: a copy in that dtype of each narrow parameter, whose ``.grad``
+        is the gradient summed in it, and every other parameter itself. Parameters get their new values when the next
+        ``step``, ``evaluate`` or ``save_weights`` begins.
+        """
+        return [(name, self._masters.of(p)) for name, p in self.named_parameters()]
+
+    def master_parameters(self) -> list[nn.Parameter]:
+        """The same without names."""
+        return [p for _, p in self.named_master_parameters()]
 
     def step(self, batch: Any, optimizer: torch.optim.Optimizer | None = None, ran: list[Ran] | None = None) -> Tensor:
         """The loss of a whole batch (0-dim, detached, the same on every rank); gradients are added to ``.grad``.
@@ -140,17 +179,29 @@ class Pipe:
         is used or none where one is, RuntimeFault for a failure on any rank.
         """
         check_optimizer(self.program, self.parameters(), optimizer)
+        self._masters.before_step()
         value = self._run(batch, trains=True, optimizer=optimizer, ran=ran)
+        self._masters.after_step()
         self.steps += 1
         return value
 
-    def evaluate(self, batch: Any) -> Tensor:
+    @overload
+    def evaluate(self, batch: Any) -> Tensor: ...
+
+    @overload
+    def evaluate(self, batch: Any, outputs: Literal[True]) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def evaluate(self, batch: Any, outputs: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss that ``step`` would give, forward only: no gradient is made or touched, nothing is kept for one.
 
+        With ``outputs`` also, on every rank, what the loss function returns besides the loss, ``(loss, {"scores": …})``:
+        scalars as means over the microbatches, other tensors concatenated along dim 0, truths as uint8.
         Every rank calls it and gets the loss. Modules are in the mode, train or eval, in which the caller has put them.
         """
+        self._masters.write_back()
         with torch.no_grad():
-            return self._run(batch, trains=False)
+            loss = self._run(batch, trains=False, outputs=outputs)
+        return (loss, self._gathered) if outputs else loss
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale the gradients so that their norm over the whole model is at most ``max_norm``; gives the norm before.
@@ -158,31 +209,56 @@ class Pipe:
         What ``torch.nn.utils.clip_grad_norm_`` does on the unsplit model: a tied parameter counts once. Every rank
         calls it and gets the same norm.
         """
-        return clip_gradients(self.share(), self._runtime(trains=True).sum_over_ranks, max_norm, norm_type)
+        runtime = self._runtime(trains=True)
+        return clip_gradients(self.share(), self._masters.of, runtime.sum_over_ranks, max_norm, norm_type)
 
     @property
     def updates(self) -> bool:
         """Whether ``step`` updates weights itself and needs an optimizer."""
         return updates(self.program.rows)
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """The scalars that the loss function returned besides the loss in the last ``step`` or ``evaluate``: means over the
+        microbatches (0-dim, float64), the same on every rank.
+        """
+        return {name: value for name, value in self._gathered.items() if not value.dim()}
+
     def _run(
-        self, batch: Any, trains: bool, optimizer: torch.optim.Optimizer | None = None, ran: list[Ran] | None = None
+        self,
+        batch: Any,
+        trains: bool,
+        optimizer: torch.optim.Optimizer | None = None,
+        ran: list[Ran] | None = None,
+        outputs: bool = False,
     ) -> Tensor:
         check_batch(self.plan, batch)
         self._check_mode()
         runtime = self._runtime(trains)
-        with own_streams() if self.plan.random else nullcontext():
-            return runtime.step(batch, ran, optimizer=optimizer)
+        self._gathering = Gathering(self.plan.reported, self.plan.microbatches, outputs, self._sizes(batch, outputs))
+        with own_streams() if self.plan.random else nullcontext(), self._gathering.active():
+            loss = runtime.step(batch, ran, optimizer=optimizer)
+        self._gathered = self._gathering.results(runtime.sum_over_ranks, loss.device)
+        return loss
+
+    def _sizes(self, batch: Any, outputs: bool) -> list[dict[str, int]]:
+        """The open sizes of each microbatch, if ``outputs`` are wanted."""
+        if not (outputs and self.plan.reported):
+            return []
+        read = StepSizesOf(self.plan.inputs)
+        return [dict(zip(read.names, sizes)) for sizes in read(split(batch, self.plan.microbatches))]
 
     def _runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         if trains not in self._runtimes:
             self._runtimes[trains] = self._make_runtime(trains)
-            if self.plan.random:
+            if self.plan.random or self.plan.reported:
                 self._runtimes[trains].before_forward(self._begin_microbatch)
         return self._runtimes[trains]
 
     def _begin_microbatch(self, microbatch: int) -> None:
-        begin_microbatch(self.seed, self.steps, microbatch)
+        self._gathering.microbatch = microbatch
+        if self.plan.random:
+            begin_microbatch(self.seed, self.steps, microbatch)
 
     def _make_runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         plan = self.plan
@@ -227,7 +303,7 @@ class Pipe:
         weights: list[Tensor] = []
         for index, microbatch in enumerate(microbatches):
             begin_microbatch(self.seed, number, index)
-            loss, weight = step(microbatch)
+            loss, weight, *_ = step(microbatch)
             if weight is None:
                 loss = loss / len(microbatches)
                 torch.autograd.backward([loss])
@@ -257,6 +333,7 @@ class Pipe:
         ``from_pretrained`` and ``load_state_dict(strict=True)`` read them. Older weights there are replaced whole;
         CheckpointError if the directory holds anything else.
         """
+        self._masters.write_back()
         save_weights(self.share(), directory)
 
     def load_weights(self, path: str | Path) -> None:
@@ -264,6 +341,7 @@ class Pipe:
         with either. CheckpointError names a tensor that is missing, extra, of another shape or dtype, or cut off.
         """
         load_weights(self.share(), path)
+        self._masters.read_again()
 
     def save(self, directory: str | Path) -> None:
         """Write the build directory; an older build there is replaced, anything else refused with BuildError."""

@@ -39,6 +39,8 @@ class Plan:
     ``inputs`` are the batch's tensors at one microbatch's size. ``holds`` are the FQNs of all parameters and buffers of
     each stage; ``random`` those of the modules that draw random numbers. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none). ``why`` explains the
     cuts, line by line. ``link`` is the latency in ms and the bytes/ms that the forecast counts with (empty: none).
+    ``reported`` are the values of a microbatch that the loss function returns besides the loss.
+    ``gradient_dtype`` is that of the masters of narrow parameters; empty: there are none.
 
     ``sizes`` are the sizes of a microbatch that a step may change, with those that were compiled; ``fixed`` the others
     with what fixes them; ``conditions`` are what other sizes must meet.
@@ -59,6 +61,8 @@ class Plan:
     forecast: Forecast
     bound_ms: float = 0.0
     bound_bytes: int = 0
+    gradient_dtype: str = ""
+    reported: tuple[Value, ...] = ()
     random: tuple[str, ...] = ()
     replicated: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
@@ -89,6 +93,7 @@ class Plan:
             "inputs": with_size_texts([asdict(value) for value in self.inputs]),
             "stages": with_size_texts([stage.to_json() for stage in self.stages]),
             "conditions": [asdict(condition) for condition in self.conditions],
+            "reported": with_size_texts([asdict(value) for value in self.reported]),
             "costs": [asdict(cost) for cost in self.costs],
             "transfers": [asdict(transfer) for transfer in self.transfers],
             "forecast": {
@@ -118,6 +123,7 @@ class Plan:
                 "weight",
                 "bound_ms",
                 "bound_bytes",
+                "gradient_dtype",
             )
             lists = ("link", "placement", "random", "replicated", "opened", "notes", "why")
             sizes = {str(name): int(size) for name, size in whole["sizes"].items()}
@@ -129,6 +135,7 @@ class Plan:
                 conditions=tuple(Condition(**condition) for condition in whole["conditions"]),
                 inputs=tuple(_value(value, sizes) for value in whole["inputs"]),
                 stages=tuple(_stage(stage, sizes) for stage in whole["stages"]),
+                reported=tuple(_value(value, sizes) for value in whole["reported"]),
                 costs=tuple(_cost(cost) for cost in whole["costs"]),
                 holds=tuple(tuple(names) for names in whole["holds"]),
                 transfers=tuple(Transfer(**transfer) for transfer in whole["transfers"]),
@@ -136,6 +143,14 @@ class Plan:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise BuildError(f"plan.json is malformed at {error}; compile again") from error
+
+    def _recomputed(self) -> list[str]:
+        """What runs again before its backward, by mode."""
+        what = {"stage": "all of", "calls": "the large module calls of"}
+        modes = {mode: [str(s.index) for s in self.stages if s.recompute == mode] for mode in what}
+        return [
+            f"{what[mode]} stage{'s' if found[1:] else ''} {', '.join(found)}" for mode, found in modes.items() if found
+        ]
 
     def __str__(self) -> str:
         lines = [
@@ -163,6 +178,7 @@ class Plan:
         shared = dict.fromkeys(name for stage in self.stages for name in stage.shared)
         lines += [f"shared by several stages, gradients summed: {name}" for name in shared]
         lines += [f"opened: {', '.join(self.opened)}"] if self.opened else []
+        lines += [f"recomputed before the backward: {text}" for text in self._recomputed()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -194,4 +210,5 @@ def _stage(whole: Mapping[str, Any], sizes: Sizes) -> StagePlan:
         outputs=tuple(_port(port, sizes) for port in whole["outputs"]),
         **{name: tuple(whole[name]) for name in ("modules", "parameters", "buffers", "opened")},
         shared=dict(whole["shared"]),
+        recompute=whole["recompute"],
     )

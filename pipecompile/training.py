@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
+from pipecompile.errors import BuildError
 from pipecompile.ir import Port, Program, StagePlan
 from pipecompile.saving import Share
 
@@ -23,27 +27,32 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def clip_gradients(
-    share: Share, sum_over_ranks: Callable[[Tensor], Tensor], max_norm: float, norm_type: float
+    share: Share,
+    masters: Callable[[nn.Parameter], nn.Parameter],
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    max_norm: float,
+    norm_type: float,
 ) -> Tensor:
-    """Scale this process's gradients as ``torch.nn.utils.clip_grad_norm_`` would on the whole model; gives their norm.
+    """Scale this process's gradients, those of its parameters' ``masters``, as ``torch.nn.utils.clip_grad_norm_`` would on the whole model; gives their norm.
 
     Each parameter's norm is taken by the one stage that writes it, so that a tied parameter counts once; the sum over
     the ranks of a table with one column for each parameter is then the whole table, on every rank the same.
     """
-    trained = [p for stage in share.stages.values() for p in stage.parameters() if p.grad is not None]
+    trained = [p for stage in share.stages.values() for p in stage.parameters() if masters(p).grad is not None]
     parameters = list({id(p): p for p in trained}.values())
-    norm = _total(_table(share, parameters, sum_over_ranks, norm_type), norm_type)
-    clip_grads_with_norm_(parameters, max_norm, norm)
+    found = {id(p): masters(p).grad for p in parameters}
+    norm = _total(_table(share, found, sum_over_ranks, norm_type), norm_type)
+    clip_grads_with_norm_([masters(p) for p in parameters], max_norm, norm)
     return norm
 
 
 def _table(
-    share: Share, parameters: list[torch.nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor], norm_type: float
+    share: Share, gradients: Mapping[int, Tensor | None], sum_over_ranks: Callable[[Tensor], Tensor], norm_type: float
 ) -> Tensor:
     """For each parameter of the model, in its order, the gradient's norm and 1 + its dtype's place (0: no gradient)."""
     columns = {name: column for column, name in enumerate(dict.fromkeys(share.layout.canonical.values()))}
     written = share.written_names()
-    mine = {columns[written[id(p)]]: p.grad for p in parameters if id(p) in written}
+    mine = {columns[written[key]]: grad for key, grad in gradients.items() if key in written}
     device = next((p.device for stage in share.stages.values() for p in stage.parameters()), torch.device("cpu"))
     table = torch.zeros(2, len(columns), dtype=torch.float64, device=device)
     norms = {column: torch.linalg.vector_norm(grad, norm_type) for column, grad in mine.items() if grad is not None}
@@ -74,6 +83,17 @@ def forward_only(program: Program, plans: tuple[StagePlan, ...]) -> tuple[Progra
 
 def _no_gradients(ports: tuple[Port, ...]) -> tuple[Port, ...]:
     return tuple(replace(port, spec=replace(port.spec, gradient=False)) for port in ports)
+
+
+def check_compiler(parameters: Iterable[Tensor], backend: Any) -> None:
+    """BuildError if torch.compile's default backend would need a C++ compiler that is not there."""
+    on_cpu = any(p.device.type == "cpu" for p in parameters)
+    wanted = os.environ.get("CXX", "g++")
+    if backend == "inductor" and on_cpu and shutil.which(wanted) is None:
+        raise BuildError(
+            f"torch.compile's backend 'inductor' needs a C++ compiler on the CPU, and there is no {wanted!r}; install "
+            "g++, name another compiler in CXX, or use compile_stages(backend='aot_eager')"
+        )
 
 
 def bound_to_mode(sources: Iterable[str]) -> str:

@@ -182,7 +182,7 @@ def evaluate(
         graph=graph.name,
         stages=count,
         stage=tuple(stage),
-        costs=tuple(_stage_cost(graph, stage, s, speeds[s] if speeds else 1.0) for s in range(count)),
+        costs=tuple(stage_cost(graph, stage, s, speeds[s] if speeds else 1.0) for s in range(count)),
         transfers=_transfers(graph, stage),
         shared=_shared(graph, stage),
         bound_ms=bound_ms,
@@ -190,9 +190,11 @@ def evaluate(
     )
 
 
-def _stage_cost(graph: CostGraph, stage: Sequence[int], s: int, speed: float) -> StageCost:
+def stage_cost(graph: CostGraph, stage: Sequence[int], s: int, speed: float = 1.0) -> StageCost:
+    """What stage ``s`` costs when node v of ``graph`` is in stage ``stage[v]``."""
     nodes = [node for node, at in zip(graph.nodes, stage) if at == s]
     parameters = {p.name: p for node in nodes for p in node.parameters}.values()
+    again = [node.recomputed_bytes for node in nodes]
     return StageCost(
         forward_ms=sum(node.forward_ms for node in nodes) / speed,
         backward_ms=sum(node.backward_ms for node in nodes) / speed,
@@ -200,6 +202,7 @@ def _stage_cost(graph: CostGraph, stage: Sequence[int], s: int, speed: float) ->
         parameter_bytes=sum(p.bytes for p in parameters),
         trainable_bytes=sum(p.bytes for p in parameters if p.trainable),
         saved_bytes=sum(node.saved_bytes for node in nodes),
+        recomputed_bytes=sum(again) if graph.recompute == "stage" else max(again, default=0),
     )
 
 

@@ -241,6 +241,12 @@ def _read(program: ExportedProgram, task: Task, open_: Labels, fixed: dict[str, 
     loss, weight = outputs[0], outputs[1] if len(outputs) > 1 else None
     if not isinstance(loss, Ref) or loss.name not in reader.gradient:
         raise CaptureError("the loss does not depend on any trainable parameter; check requires_grad and torch.no_grad")
+    reported = dict(zip(task.step.reported, outputs[2:]))
+    unmade = [name for name, ref in reported.items() if not isinstance(ref, Ref)]
+    if unmade:
+        raise CaptureError(
+            f"{unmade[0]!r}, which the loss function returned, is no result of its computation; leave it out"
+        )
     weight_name = weight.name if isinstance(weight, Ref) else ""
     names = rename_values(inputs, nodes, calls, model, loss.name, weight_name)
     calls = tuple(replace(call, keep_whole=seen.keep_whole.get(call.key, call.keep_whole)) for call in calls)
@@ -256,6 +262,7 @@ def _read(program: ExportedProgram, task: Task, open_: Labels, fixed: dict[str, 
         sizes={name: size for name, size in sizes.values.items() if name not in sizes.fixed},
         fixed=fixed | sizes.fixed,
         conditions=conditions,
+        reported={name: names[ref.name] for name, ref in reported.items()},
     )
 
 

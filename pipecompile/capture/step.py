@@ -36,6 +36,7 @@ def default_loss(model: nn.Module, batch: Any) -> Any:
 class Step(nn.Module):
     """``forward(batch)`` gives (loss, weight), weight None unless the loss function returned (sum, weight).
 
+    Tensors that it returned in a last dict follow; their names are then in ``reported``.
     ``on_batch`` is called with the batch first.
     """
 
@@ -43,12 +44,18 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss or default_loss
+        self.reported: tuple[str, ...] = ()
         self.on_batch: Callable[[Any], None] | None = None
 
-    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, batch: Any) -> tuple[Any, ...]:
         if self.on_batch is not None:
             self.on_batch(batch)
         result = self.loss(self.model, batch)
+        more: Mapping[str, Any] = {}
+        if isinstance(result, tuple) and len(result) in (2, 3) and isinstance(result[-1], Mapping):
+            more = result[-1]
+            result = result[0] if len(result) == 2 else result[:2]
+        self.reported = _checked(more)
         value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         for what, tensor in (("loss", value), ("weight", weight)):
             if what == "weight" and tensor is None:
@@ -58,4 +65,15 @@ class Step(nn.Module):
                 raise CaptureError(
                     f"the {what} is {shape}, expected a tensor of one element; reduce it, for example with .mean()"
                 )
-        return value, weight
+        return value, weight, *more.values()
+
+
+def _checked(more: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of what the loss function returned besides the loss."""
+    for name, value in more.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CaptureError(
+                f"the loss function returned {name!r}: {type(value).__name__} besides the loss, expected tensors by "
+                "name; make it a tensor, or leave it out"
+            )
+    return tuple(more)

@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", help="named machine or JSON file, for estimates and the forecast")
     parser.add_argument("--memory", help="each rank's limit, for example 80GiB")
     parser.add_argument("--opaque", action="append", default=[], metavar="PATTERN", help="modules never cut, by FQN")
+    parser.add_argument("--recompute", default="none", metavar="MODE", help="run again before the backward instead of "
+                        "keeping: none (default), calls, stage, or by stage: 0=stage,1=calls")  # fmt: skip
     parser.add_argument("--out", default="build", help="build directory (default: build)")
     parser.add_argument("--explain", action="store_true", help="say why the cuts are where they are")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the unsplit model")
@@ -54,6 +56,7 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
         machine=options.machine,
         memory=options.memory,
         opaque=tuple(options.opaque),
+        recompute=recompute_modes(options.recompute),
         check=not options.no_check,
         progress=not options.json,
         source={"file": os.path.relpath(file.path, Path(options.out).resolve()), "sha256": file.sha256},
@@ -67,6 +70,14 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
             print("", *pipe.plan.why, sep="\n")
         print(f"\nwritten to {options.out}: pipecompile verify {options.out}, pipecompile run {options.out}")
     return 0
+
+
+def recompute_modes(text: str) -> str | dict[int, str]:
+    """``stage`` as it is, ``0=stage,1=calls`` by stage."""
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {int(stage) if stage.strip().isdecimal() else -1: mode for stage, _, mode in pairs}
 
 
 def default_microbatches(batch: object, ranks: int) -> int:

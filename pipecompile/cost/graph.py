@@ -28,6 +28,7 @@ class NodeCost:
     backward_ms: float
     saved_bytes: int = 0
     weight_ms: float = 0.0
+    recomputed_bytes: int = 0
 
     def __post_init__(self) -> None:
         for what in ("forward_ms", "backward_ms", "weight_ms", "saved_bytes"):
@@ -41,6 +42,7 @@ class NodeCost:
             self.backward_ms + other.backward_ms,
             self.saved_bytes + other.saved_bytes,
             self.weight_ms + other.weight_ms,
+            self.recomputed_bytes + other.recomputed_bytes,
         )
 
 
@@ -144,6 +146,7 @@ def _cost_node(graph: Graph, nodes: list[Node], costs: Mapping[str, NodeCost]) -
         _parameters(graph, nodes),
         whole.saved_bytes,
         whole.weight_ms,
+        whole.recomputed_bytes,
     )
 
 

@@ -144,7 +144,8 @@ class Graph:
     may separate. Both name nodes and are empty before lifting. ``dropped`` are values that no node makes any more: the
     inside of a call was traced with them, though eager mode passes None. ``sizes`` are the open sizes of a microbatch
     (``batch``, ``sequence``) with the values that were captured, ``fixed`` the others with what fixes them; ``conditions``
-    are what other sizes must meet. Sizes in shapes and arguments that follow from open ones are of the class Size.
+    are what other sizes must meet. Sizes in shapes and arguments that follow from open ones are of the class Size. ``reported`` are
+    the values that the loss function returned besides the loss, by the names that it gave them.
     """
 
     inputs: tuple[Value, ...]
@@ -159,6 +160,7 @@ class Graph:
     order: tuple[tuple[str, str], ...] = ()
     opened: tuple[str, ...] = ()
     dropped: tuple[Value, ...] = ()
+    reported: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)

@@ -19,7 +19,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class CostNode:
-    """What one microbatch costs in a node. ``weight_ms`` is the part of ``backward_ms`` that makes weight gradients."""
+    """What one microbatch costs in a node. ``weight_ms`` is the part of ``backward_ms`` that makes weight gradients.
+
+    ``recomputed_bytes`` are saved only while its backward runs, which makes them again.
+    """
 
     name: str
     forward_ms: float
@@ -27,6 +30,7 @@ class CostNode:
     parameters: tuple[Parameter, ...] = ()
     saved_bytes: int = 0
     weight_ms: float = 0.0
+    recomputed_bytes: int = 0
 
     def __post_init__(self) -> None:
         for what, cost in (("forward", self.forward_ms), ("backward", self.backward_ms), ("weight", self.weight_ms)):
@@ -60,13 +64,17 @@ class CostTensor:
 
 @dataclass(frozen=True, slots=True)
 class CostGraph:
-    """A directed acyclic graph of costs; node ids are positions in ``nodes`` and a topological order."""
+    """A directed acyclic graph of costs; node ids are positions in ``nodes`` and a topological order.
+
+    ``recompute``: whether the nodes that are recomputed are so one by one ("calls") or a whole "stage" at once.
+    """
 
     name: str
     nodes: tuple[CostNode, ...]
     edges: tuple[tuple[int, int], ...]
     tensors: tuple[CostTensor, ...]
     unit: str = "ms"
+    recompute: str = "none"
 
     def __post_init__(self) -> None:
         count = len(self.nodes)
@@ -123,6 +131,8 @@ class StageCost:
     """What a stage costs for each microbatch (times, saved activations) and once (parameters).
 
     The times are sums over its nodes. ``uses`` are what its instructions take as a whole; empty if it was never run.
+    A backward holds ``recomputed_bytes`` more until it ends. ``master_bytes`` are the float32 copies of narrow parameters that are trained
+    instead of them.
     """
 
     forward_ms: float
@@ -131,6 +141,8 @@ class StageCost:
     parameter_bytes: int = 0
     trainable_bytes: int = 0
     saved_bytes: int = 0
+    recomputed_bytes: int = 0
+    master_bytes: int = 0
     uses: tuple[Use, ...] = ()
 
     @property

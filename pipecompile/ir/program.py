@@ -202,7 +202,8 @@ class StagePlan:
 
     ``modules``, ``parameters`` and ``buffers`` are the FQNs that the stage takes from the model (parameters and
     buffers only those that are read outside of a taken module); ``shared`` maps the canonical FQN of a parameter that
-    other stages have too to the FQN that it has here.
+    other stages have too to the FQN that it has here. ``recompute`` says what runs again before its backward: "none",
+    the "stage", or each of its "calls".
     """
 
     index: int
@@ -213,6 +214,7 @@ class StagePlan:
     buffers: tuple[str, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
     opened: tuple[str, ...] = ()
+    recompute: str = "none"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

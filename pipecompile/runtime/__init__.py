@@ -5,13 +5,17 @@ from pipecompile.runtime.device import device_of
 from pipecompile.runtime.executor import Ran
 from pipecompile.runtime.faults import connect
 from pipecompile.runtime.local import LocalRuntime
+from pipecompile.runtime.main_gradients import forget_main_gradient, gradient, keep_main_gradient, set_gradient
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.random import begin_microbatch, own_streams, reseed, watch
 from pipecompile.runtime.rank import RankRuntime
+from pipecompile.runtime.recompute import recompute, recomputed
+from pipecompile.runtime.report import Gathering, report
 from pipecompile.runtime.stage import Stage, make_stage
 from pipecompile.runtime.transport import Mailboxes, Transport
 
 __all__ = [
+    "Gathering",
     "LocalRuntime",
     "Mailboxes",
     "Ran",
@@ -21,10 +25,17 @@ __all__ = [
     "begin_microbatch",
     "connect",
     "device_of",
+    "forget_main_gradient",
     "from_first_rank",
+    "gradient",
+    "keep_main_gradient",
     "make_stage",
     "own_streams",
+    "recompute",
+    "recomputed",
+    "report",
     "reseed",
+    "set_gradient",
     "split",
     "watch",
 ]

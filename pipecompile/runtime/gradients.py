@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pipecompile.runtime.main_gradients import gradient, set_gradient
 from pipecompile.runtime.messages import Plans
 
 
@@ -22,23 +23,24 @@ class Apart:
         self._before: list[Tensor | None] = []
 
     def begin(self) -> None:
-        self._before = [p.grad for p in self._parameters]
+        self._before = [gradient(p) for p in self._parameters]
         for p in self._parameters:
-            p.grad = None
+            set_gradient(p, None)
 
     def end(self, divisor: Tensor | None = None) -> None:
         """Divide what the step made by ``divisor``, if one is given, and add it to what was there before."""
         for p, before in zip(self._parameters, self._before):
-            if divisor is not None and p.grad is not None:
-                p.grad.div_(divisor.to(p.grad.device))
+            made = gradient(p)
+            if divisor is not None and made is not None:
+                made.div_(divisor.to(made.device))
             if before is not None:
-                p.grad = before if p.grad is None else before.add_(p.grad)
+                set_gradient(p, before if made is None else before.add_(made))
         self._before = []
 
     def abandon(self) -> None:
         """Forget the step: every gradient is what it was before."""
         for p, before in zip(self._parameters, self._before):
-            p.grad = before
+            set_gradient(p, before)
         self._before = []
 
 
@@ -55,12 +57,12 @@ def shared_parameters(stages: Mapping[int, nn.Module], plans: Plans) -> dict[str
 
 def total(copies: Iterable[Tensor]) -> Tensor | None:
     """The sum of the copies' gradients (None counts as zeros), None if there is none."""
-    gradients = [copy.grad for copy in copies if copy.grad is not None]
+    gradients = [found for copy in copies if (found := gradient(copy)) is not None]
     return sum(gradients[1:], gradients[0]) if gradients else None
 
 
-def share(copies: list[Tensor], gradient: Tensor) -> None:
+def share(copies: list[Tensor], whole: Tensor) -> None:
     """Give every copy the same gradient, each its own tensor."""
     with torch.no_grad():
         for index, copy in enumerate(copies):
-            copy.grad = gradient if index == 0 else gradient.clone()
+            set_gradient(copy, whole if index == 0 else whole.clone())

@@ -36,7 +36,8 @@ def _read(seed: int) -> tuple[int, int] | None:
     return (seed - stream * STRIDE) % WORD, stream
 
 
-def _generators() -> list[torch.Generator]:
+def generators() -> list[torch.Generator]:
+    """The generators that operations draw from."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return [torch.default_generator, torch.cuda.default_generators[torch.cuda.current_device()]]
     return [torch.default_generator]
@@ -45,20 +46,20 @@ def _generators() -> list[torch.Generator]:
 def begin_microbatch(seed: int, step: int, microbatch: int) -> None:
     """Seed the generators for the forward of a microbatch."""
     digest = hashlib.sha256(f"{seed} {step} {microbatch}".encode()).digest()
-    for generator in _generators():
+    for generator in generators():
         generator.manual_seed(_seed(int.from_bytes(digest[:4], "little"), 0))
 
 
 def reseed(stream: int) -> None:
     """Go to a stream of the microbatch that is running; outside of a pipeline's step, do nothing."""
-    for generator in _generators():
+    for generator in generators():
         if found := _read(generator.initial_seed()):
             generator.manual_seed(_seed(found[0], stream))
 
 
 def next_stream(module: nn.Module, args: Any) -> None:
     """The hook of modules that draw random numbers."""
-    for generator in _generators():
+    for generator in generators():
         if found := _read(generator.initial_seed()):
             generator.manual_seed(_seed(found[0], found[1] + 1))
 
@@ -77,7 +78,7 @@ def watch(model: nn.Module, fqns: Iterable[str]) -> None:
 @contextmanager
 def own_streams() -> Iterator[None]:
     """The caller's random state is afterwards as it was."""
-    states = [(generator, generator.get_state()) for generator in _generators()]
+    states = [(generator, generator.get_state()) for generator in generators()]
     try:
         yield
     finally:

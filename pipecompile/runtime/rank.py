@@ -20,6 +20,7 @@ from pipecompile.runtime.executor import Executor, Ran, Step, timed, told
 from pipecompile.runtime.faults import check_in
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.links import wait_for
+from pipecompile.runtime.main_gradients import no_gradient
 from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, STEP, SUMMING
 from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
@@ -181,7 +182,7 @@ class RankRuntime:
             copies = self._shared.get(canonical, [])
             if copies:
                 mine = total(copies)
-                gradient = torch.zeros_like(copies[0]) if mine is None else mine.contiguous()
+                gradient = no_gradient(copies[0]) if mine is None else mine.contiguous()
                 work = dist.all_reduce(gradient, group=self._reducing[op.ranks], async_op=True)
                 self._sums.append((work, copies, gradient))
 

@@ -50,8 +50,9 @@ Formula = Callable[[Any, bool], Gradients | None]
 
 
 def _saved(node: Any, name: str) -> Tensor | None:
-    """A saved tensor, None if hooks keep it elsewhere (checkpointing, offloading): it may be unpacked only once."""
-    if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+    """A saved tensor, None if hooks keep it elsewhere (checkpointing, offloading) and may be asked for it only once."""
+    hook = getattr(node, f"_raw_saved_{name}").unpack_hook
+    if hook is not None and not getattr(hook, "repeatable", False):
         return None
     value: Tensor = getattr(node, f"_saved_{name}")
     return value.detach()  # else it would keep the graph that made it

@@ -1,0 +1,88 @@
+"""Master parameters: float32 copies of narrow parameters, which the optimizer trains with their main gradients.
+
+step         p.main_grad ──▶ master.grad          (the same tensor)
+optimizer    master ◀── master.grad
+next step    p ◀── master, rounded                (evaluate and saving do the same first)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from pipecompile.errors import BuildError
+from pipecompile.passes.opening import Split
+from pipecompile.runtime import forget_main_gradient, gradient, keep_main_gradient, set_gradient
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def read_dtype(dtype: torch.dtype | None) -> str:
+    """The name of a dtype for main gradients, empty for none; BuildError unless it is float32."""
+    if dtype not in (None, torch.float32):
+        raise BuildError(f"gradient_dtype is {dtype}, expected torch.float32 or None; masters are kept in float32")
+    return "float32" if dtype else ""
+
+
+def with_masters(parts: Split, dtype_name: str) -> Split:
+    """The split with what the masters of each stage's narrow parameters take."""
+    names = {str(dtype).removeprefix("torch.") for dtype in NARROW}
+    infos = parts.graph.attributes.values()
+    narrow = {info.canonical: info.spec.bytes for info in infos if info.spec.gradient and info.spec.dtype in names}
+    if not dtype_name or not narrow:
+        return parts
+    found, nodes = parts.partition, parts.costed.graph.nodes
+    costs = []
+    for stage, cost in enumerate(found.costs):
+        mine = {p.name for node, home in zip(nodes, found.stage) if home == stage for p in node.parameters}
+        costs.append(replace(cost, master_bytes=2 * sum(narrow[name] for name in mine & narrow.keys())))
+    return replace(parts, partition=replace(found, costs=tuple(costs)))
+
+
+class Masters:
+    """The masters of ``parameters``: one in the named dtype for each that is narrow and trained, others stand for themselves."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], dtype_name: str) -> None:
+        self._masters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._seen: dict[int, int] = {}
+        for p in parameters:
+            forget_main_gradient(p)
+            if dtype_name and p.requires_grad and p.dtype in NARROW:
+                dtype = getattr(torch, dtype_name)
+                keep_main_gradient(p, dtype)
+                self._masters[id(p)] = (p, nn.Parameter(p.detach().to(dtype)))
+                self._seen[id(p)] = p._version
+
+    def of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What an optimizer trains for ``parameter``."""
+        return self._masters.get(id(parameter), (parameter, parameter))[1]
+
+    def before_step(self) -> None:
+        """Parameters get the values of their masters, and go on with the gradients that these hold."""
+        self.write_back()
+        for p, master in self._masters.values():
+            set_gradient(p, master.grad)
+
+    def after_step(self) -> None:
+        for p, master in self._masters.values():
+            master.grad = gradient(p)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round masters into their parameters; one whose parameter was given another value takes that."""
+        for key, (p, master) in self._masters.items():
+            if p._version != self._seen[key]:
+                master.copy_(p)
+            else:
+                p.copy_(master)
+            self._seen[key] = p._version
+
+    @torch.no_grad()
+    def read_again(self) -> None:
+        """Masters take the values of their parameters."""
+        for key, (p, master) in self._masters.items():
+            master.copy_(p)
+            self._seen[key] = p._version

@@ -1,0 +1,179 @@
+"""What a step may do besides: metrics and outputs of the loss function, and every option together in two processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from pipecompile.errors import CaptureError
+from pipecompile.runtime import split
+from tests.test_masters import Unsplit, by_name, narrow
+from tests.test_training import MICROBATCHES, Tied, compiled, tokens, words
+
+
+def told(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    scores = model(batch["words"])
+    right = scores.argmax(-1) == batch["next"]
+    loss = F.cross_entropy(scores, batch["next"])
+    return loss, {"accuracy": right.float().mean(), "scores": scores, "right": right, "size": scores.square().mean()}
+
+
+def expected(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Means of the scalars over the microbatches, and the rest of all samples."""
+    parts = [told(model, part)[1] for part in split(batch, MICROBATCHES)]
+    means = {name: torch.stack([part[name].double() for part in parts]).mean() for name in ("accuracy", "size")}
+    rows = {name: torch.cat([part[name] for part in parts]) for name in ("scores", "right")}
+    return torch.stack([told(model, part)[0] for part in split(batch, MICROBATCHES)]).mean(), means | rows
+
+
+def assert_told(pipe: Any, unsplit: nn.Module) -> None:
+    with torch.no_grad():
+        loss, wanted = expected(unsplit, words(2))
+    found, outputs = pipe.evaluate(words(2), outputs=True)
+    torch.testing.assert_close(found, loss)
+    assert outputs.keys() == wanted.keys()
+    assert torch.equal(outputs["scores"], wanted["scores"])
+    assert not outputs["scores"].requires_grad
+    assert torch.equal(outputs["right"], wanted["right"].to(torch.uint8))
+    for name in ("accuracy", "size"):
+        torch.testing.assert_close(outputs[name], wanted[name], rtol=1e-6, atol=0)
+    pipe.step(words(2))
+    assert pipe.metrics.keys() == {"accuracy", "size"}
+    torch.testing.assert_close(pipe.metrics["accuracy"], wanted["accuracy"], rtol=1e-6, atol=0)
+    assert float(pipe.metrics["size"]) > 0
+
+
+@pytest.mark.parametrize("mode", ["none", "stage", "calls"])
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
+def test_what_a_loss_function_tells(schedule: str, mode: str) -> None:
+    model = Tied()
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model, told, schedule=schedule, recompute=mode)
+    assert torch.equal(pipe.step(words()), pipe.reference(unsplit, words()))
+    for p, theirs in zip(model.parameters(), unsplit.parameters()):
+        torch.testing.assert_close(p.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+    assert_told(pipe, unsplit)
+
+
+def test_token_means_tell_too_and_the_plan_keeps_it() -> None:
+    pipe = compiled(Tied(), lambda model, batch: (*tokens(model, batch), {"kept": (batch["words"] > 2).float().mean()}))
+    pipe.step(words())
+    torch.testing.assert_close(float(pipe.metrics["kept"]), float((words()["words"] > 2).float().mean()))
+    assert [value["name"] for value in pipe.plan.to_json()["reported"]] == ["kept"]
+
+
+def test_values_from_an_early_stage() -> None:
+    def early(model: nn.Module, batch: Any) -> Any:
+        hidden = model.table(batch["words"])
+        loss = F.cross_entropy(model.head(model.blocks(hidden)), batch["next"])
+        return loss, {"first": hidden.norm(), "hidden": hidden}
+
+    model = Tied()
+    pipe = compiled(model, early)
+    assert "report({'first': " in pipe.source(0)
+    _, outputs = pipe.evaluate(words(), outputs=True)
+    assert torch.equal(outputs["hidden"], model.table(words()["words"]))
+
+
+def test_only_tensors_can_be_told() -> None:
+    with pytest.raises(CaptureError, match="returned 'lr': float besides the loss, expected tensors by name"):
+        compiled(Tied(), lambda model, batch: (F.cross_entropy(model(batch["words"]), batch["next"]), {"lr": 0.1}))
+
+
+def test_nothing_told_costs_nothing() -> None:
+    pipe = compiled(Tied())
+    pipe.step(words())
+    assert pipe.metrics == {}
+    assert not any("report(" in pipe.source(s) for s in range(4))
+
+
+def test_all_of_it_in_processes() -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.test_step_options"],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        cwd=root,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("all cases passed") == 2
+
+
+def ranks_recompute_and_tell() -> None:
+    for mode, schedule in (("stage", "interleaved-1f1b"), ("calls", "interleaved-1f1b")):
+        model = Tied(noisy=True)
+        unsplit = copy.deepcopy(model)
+        pipe = compiled(model, told, schedule=schedule, ranks=2, recompute=mode)
+        assert torch.equal(pipe.step(words()), pipe.reference(unsplit, words()))
+        mine = dict(pipe.named_parameters())
+        assert 0 < len(mine) < len(list(model.parameters()))
+        for name, p in mine.items():
+            torch.testing.assert_close(p.grad, unsplit.get_parameter(name).grad, rtol=1e-5, atol=1e-7, msg=name)
+        for stage in pipe.stages.values():
+            for name, buffer in stage.named_buffers():
+                assert torch.equal(buffer, unsplit.get_buffer(name)), name
+        model.eval()
+        unsplit.eval()
+        for stage in pipe.stages.values():
+            stage.eval()
+        assert_told(pipe, unsplit)
+
+
+def ranks_train_masters() -> None:
+    model = narrow()
+    unsplit = Unsplit(copy.deepcopy(model))
+    pipe = compiled(model, schedule="interleaved-1f1b", ranks=2, gradient_dtype=torch.float32)
+    optimizers = [torch.optim.AdamW(p, lr=0.01, fused=True) for p in (pipe.master_parameters(), unsplit.masters)]
+    for step in range(2):
+        pipe.step(words(step))
+        unsplit.step(words(step))
+        for (name, mine), theirs in zip(pipe.named_master_parameters(), by_name(unsplit, pipe)):
+            assert torch.equal(mine.grad, theirs.grad), name
+        norm = pipe.clip_grad_norm_(1e6)
+        torch.testing.assert_close(norm, clip_grad_norm_(unsplit.masters, 1e6), rtol=1e-6, atol=0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        unsplit.write_back()
+    pipe.evaluate(words())
+    for (name, mine), theirs in zip(pipe.named_master_parameters(), by_name(unsplit, pipe)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7, msg=name)
+        assert torch.equal(model.get_parameter(name), mine.detach().bfloat16()), "the parameter is its master, rounded"
+
+
+def ranks_sum_a_tied_master() -> None:
+    """Its two uses are summed in float32 over the ranks, and in bfloat16 on the unsplit model."""
+    model = narrow(tied=True)
+    unsplit = Unsplit(copy.deepcopy(model))
+    pipe = compiled(model, schedule="interleaved-1f1b", ranks=2, gradient_dtype=torch.float32)
+    pipe.step(words())
+    unsplit.step(words())
+    mine, theirs = dict(pipe.named_master_parameters())["table.weight"].grad, unsplit.masters[0].grad
+    assert mine.dtype == torch.float32
+    assert float((mine - theirs).norm() / theirs.norm()) < 5e-3
+
+
+if __name__ == "__main__":
+    from pipecompile.runtime import connect
+
+    torch.set_num_threads(1)
+    connect(timeout_s=60)
+    ranks_recompute_and_tell()
+    ranks_train_masters()
+    ranks_sum_a_tied_master()
+    print("all cases passed", flush=True)
+    torch.distributed.destroy_process_group()
