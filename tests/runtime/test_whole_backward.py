@@ -144,3 +144,13 @@ def test_where_it_saves_little_autograd_runs_alone(monkeypatch: pytest.MonkeyPat
         leaf = torch.randn(4, W, requires_grad=True)
         how.backward([get_gradient_edge(module(leaf))], [torch.ones(4, W)], [leaf])
     assert module.weight.grad is not None
+
+
+def test_what_was_received_but_not_used_has_no_gradient() -> None:
+    module, how = nn.Linear(W, W), Summed()
+    for _ in range(2):
+        used, unused = (torch.randn(4, W, requires_grad=True) for _ in range(2))
+        how.backward([get_gradient_edge(module(used))], [torch.ones(4, W)], [used, unused])
+        assert used.grad is not None
+        assert unused.grad is None
+    torch.testing.assert_close(module.bias.grad, torch.full((W,), 8.0))
