@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden wheel-test zoo faults processes mutants
+.PHONY: demo test check setup golden wheel-test zoo faults processes mutants figures
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -46,6 +46,11 @@ wheel-test: setup
 	cp examples/gpt2.py dist
 	cd dist && venv/bin/pipecompile --help >/dev/null
 	cd dist && venv/bin/pipecompile gpt2.py --stages 4 && venv/bin/pipecompile verify build && venv/bin/pipecompile run build --steps 5
+
+# Figures of benchmarks/README.md; matplotlib is installed for these alone.
+figures: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[figures]'
+	$(BIN)/python benchmarks/plot_memory.py
 
 golden: setup
 	$(BIN)/python -m pytest --update-golden

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipecompile.errors import ProgramError
 from pipecompile.ir import COMPUTE, RECEIVES, SENDS, Forecast, Instruction, Partition, Program, Routes, Span, StageCost
@@ -53,6 +53,12 @@ def cost_ms(instruction: Instruction, costs: Sequence[StageCost]) -> float:
         "BACKWARD_INPUT": cost.backward_ms - cost.weight_ms,
         "BACKWARD_WEIGHT": cost.weight_ms,
     }[instruction.op]
+
+
+def copy_ms(send: Instruction, costs: Sequence[StageCost]) -> float:
+    """Milliseconds that each end of a message is busy with copying it, if that was seen."""
+    uses = costs[send.stage].uses
+    return next((use.ms for use in uses if (use.op, use.peer, use.first) == (send.op, send.peer, False)), 0.0)
 
 
 def needs(instruction: Instruction, routes: Routes) -> tuple[tuple[Key, int], ...]:
@@ -183,6 +189,7 @@ class _State:
 
     def send(self, rank: int, one: Instruction) -> tuple[float, float]:
         letter = one.op[-1]
+        self.clock[rank] += copy_ms(one, self.costs)
         channel = (rank, self.program.shape.placement[one.peer], letter)
         start = max(self.clock[rank], self.channel.get(channel, 0.0))
         free = start + self.link.occupied_ms(self.size(one))
@@ -199,11 +206,12 @@ class _State:
         return sum(r.bytes if one.op == "SEND_F" else r.gradient_bytes for r in found)
 
     def receive(self, rank: int, one: Instruction) -> tuple[float, float] | None:
-        if self.link.overlap:
+        copying = copy_ms(replace(one, op=f"SEND_{one.op[-1]}", stage=one.peer, peer=one.stage), self.costs)
+        if self.link.overlap and not copying:
             return self.clock[rank], self.clock[rank]
         span = self.messages.get((one.op, one.stage, one.peer, one.microbatch))
         if span is not None:
-            self.clock[rank] = max(self.clock[rank], span[1])
+            self.clock[rank] = max(self.clock[rank], span[1]) + copying
         return span
 
     def reduce(self, rank: int, one: Instruction) -> tuple[float, float] | None:

@@ -93,15 +93,19 @@ def weigh(
     sources: Sequence[str],
     loss: str,
     weight: str,
+    budget_s: float = BUDGET_S,
 ) -> Partition:
-    """The partition with the ``uses`` of each stage, as seen on ``microbatch``; the model is left as it was."""
+    """The partition with the ``uses`` of each stage, as seen on ``microbatch``; the model is left as it was.
+
+    The clock runs for ``budget_s`` seconds, and three times at least.
+    """
     stages = {plan.index: make_stage(source, model, plan) for plan, source in zip(plans, sources)}
     device = device_of(model, microbatch)
     uses: dict[int, list[Use]] = {s: _standing(stage, microbatch) for s, stage in stages.items()}
     with gradients_aside(model), untouched(model):
         for split, program in enumerate(_programs(partition)):
             runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies())
-            for s, use in _observe(runtime, Scale(stages, device, bool(split)), [microbatch] * MICROBATCHES):
+            for s, use in _observe(runtime, Scale(stages, device, bool(split)), [microbatch] * MICROBATCHES, budget_s):
                 uses[s] += [use] if not any(_same(use, other) for other in uses[s]) else []
     costs = [replace(cost, uses=tuple(uses[s])) for s, cost in enumerate(partition.costs)]
     return replace(partition, costs=tuple(costs))
@@ -128,13 +132,15 @@ def _programs(partition: Partition) -> Iterator[Program]:
     yield communicate(replace(timetable, rows=rows), partition)
 
 
-def _observe(runtime: LocalRuntime, clock: Scale, microbatches: list[Any]) -> Iterator[tuple[int, Use]]:
+def _observe(
+    runtime: LocalRuntime, clock: Scale, microbatches: list[Any], budget_s: float
+) -> Iterator[tuple[int, Use]]:
     counted = replace(clock, meter=meter_of(clock.device), times={}, bytes={}, gradients={})
     assert counted.meter is not None
     with counted.meter:
         runtime.run(microbatches, counted.around)
     begin, runs = time.perf_counter(), 0
-    while runs < FEWEST or time.perf_counter() - begin < BUDGET_S:
+    while runs < FEWEST or time.perf_counter() - begin < budget_s:
         clock.gradients.clear()
         runtime.run(microbatches, clock.around)
         runs += 1

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +18,18 @@ from torch.utils.checkpoint import checkpoint
 
 from pipecompile.cost import NodeCost, measure
 from pipecompile.cost.cache import add_to_cache, default_cache, read_cache
+from pipecompile.cost.trial import Times, Trial
 from pipecompile.errors import CostError
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Node, Ref, Spec, Value
 
 BATCH = {"x": torch.randn(4, 16)}
 HIDDEN = Spec((4, 16), "float32", gradient=True)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept does not depend on the load of the machine that runs the tests."""
+    monkeypatch.setattr(sys.modules["pipecompile.cost.measure"], "TOO_NOISY", math.inf)
 
 
 class Twice(nn.Module):
@@ -318,3 +328,18 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="measured costs cannot be kept in .*costs.json"):
         add_to_cache(tmp_path / "file" / "costs.json", {"k": NodeCost(1, 2)})
+
+
+def test_times_that_scatter_are_used_and_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every third run takes its normal time, as on a machine that others use."""
+    model = Model()
+    monkeypatch.setattr(sys.modules["pipecompile.cost.measure"], "TOO_NOISY", 3.0)
+    durations = itertools.cycle([1.0, 9.0, 9.0])
+    monkeypatch.setattr(Trial, "times", lambda trial: Times(next(durations), 0.0, 0.0))
+    with pytest.warns(UserWarning, match=r"the machine is busy: the times of (\d+) of \1 parts scatter by more than 3"):
+        costs = measure(graph(model), model, BATCH, tmp_path / "costs.json")
+    assert all(cost.forward_ms > 8 for cost in costs.values())
+    assert read_cache(tmp_path / "costs.json") == {}
+    durations = itertools.cycle([1.0, 2.0, 2.0])
+    measure(graph(model), model, BATCH, tmp_path / "costs.json")
+    assert read_cache(tmp_path / "costs.json")

@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ FEWEST, MOST, BUDGET_S = 3, 100, 0.05
 """A node is timed at least 3 times, then until 0.05 s have passed, but not more than 100 times."""
 NOISE, PATIENCE_S = 1.5, 0.5
 """On a busy machine, where the median is more than 1.5 times the least, timing goes on for up to 0.5 s."""
+TOO_NOISY = 3.0
+"""Where the median stays above 3 times the least, the cost is used once and not kept."""
 SLOW_S = 0.5
 """A node that warms up for longer is slow: its second run already counts."""
 
@@ -54,10 +57,20 @@ def measure(
         costs = read_cache(path)
         missing = {keys[node.name]: node for node in reversed(owned) if keys[node.name] not in costs}
         if missing:
-            fresh = _measure_missing(graph, model, batch, {node.name: key for key, node in missing.items()}, progress)
-            add_to_cache(path, fresh)
+            wanted = {node.name: key for key, node in missing.items()}
+            fresh, noisy = _measure_missing(graph, model, batch, wanted, progress)
+            add_to_cache(path, {key: cost for key, cost in fresh.items() if key not in noisy})
             costs |= fresh
+            if noisy:
+                warnings.warn(_busy(len(noisy), len(fresh)), stacklevel=2)
     return {name: costs[key] for name, key in keys.items()}
+
+
+def _busy(noisy: int, measured: int) -> str:
+    return (
+        f"the machine is busy: the times of {noisy} of {measured} parts scatter by more than {TOO_NOISY:g} times, so the "
+        "forecast is rough; they are not kept and will be measured again by the next compilation"
+    )
 
 
 @contextmanager
@@ -81,13 +94,14 @@ def _device(graph: Graph, model: nn.Module) -> torch.device:
 
 def _measure_missing(
     graph: Graph, model: nn.Module, batch: Any, wanted: Mapping[str, str], progress: bool
-) -> dict[str, NodeCost]:
-    """Costs by key of the nodes that ``wanted`` maps to theirs."""
+) -> tuple[dict[str, NodeCost], set[str]]:
+    """Costs by key of the nodes that ``wanted`` maps to theirs, and the keys of those whose times scatter."""
     interpreter, known = Interpreter.of(graph, model), specs(graph)
     nodes = graph.nodes[: max(index for index, node in enumerate(graph.nodes) if node.name in wanted) + 1]
     last = {value: index for index, node in enumerate(nodes) for value in references(node)}
     silent = not (progress and sys.stderr.isatty())
     found: dict[str, NodeCost] = {}
+    noisy: set[str] = set()
     with _unchanged(interpreter), Progress(console=Console(stderr=True), transient=True, disable=silent) as bar:
         task = bar.add_task("Measuring", total=len(wanted))
         values = interpreter.inputs(batch)
@@ -96,7 +110,9 @@ def _measure_missing(
         for index, node in enumerate(nodes):
             try:
                 if node.name in wanted:
-                    found[wanted[node.name]] = _measure_node(Trial(interpreter, node, values, known), overhead)
+                    key = wanted[node.name]
+                    found[key], scatter = _measure_node(Trial(interpreter, node, values, known), overhead)
+                    noisy |= {key} if scatter > TOO_NOISY else set()
                     bar.advance(task)
                 with torch.no_grad():
                     values |= interpreter.run(node, values)
@@ -106,7 +122,7 @@ def _measure_missing(
                 ) from error
             for value in [value for value in references(node) if last[value] == index]:
                 del values[value]
-    return found
+    return found, noisy
 
 
 @contextmanager
@@ -132,7 +148,8 @@ def _unchanged(interpreter: Interpreter) -> Iterator[None]:
                 tensor.copy_(content)
 
 
-def _measure_node(trial: Trial, overhead: Times) -> NodeCost:
+def _measure_node(trial: Trial, overhead: Times) -> tuple[NodeCost, float]:
+    """Its cost, and the median of its times over the least."""
     begin = time.perf_counter()
     saved = trial.saved_bytes()
     first = trial.times()
@@ -144,12 +161,16 @@ def _measure_node(trial: Trial, overhead: Times) -> NodeCost:
     forward, backward, inputs_only = (
         max(0.0, getattr(whole, what) - getattr(overhead, what)) for what in ("forward", "backward", "inputs_only")
     )
-    return NodeCost(forward, backward, saved, max(0.0, backward - inputs_only))
+    return NodeCost(forward, backward, saved, max(0.0, backward - inputs_only)), _scatter(rows)
 
 
 def _budget_s(rows: Sequence[Times]) -> float:
+    return PATIENCE_S if _scatter(rows) > NOISE else BUDGET_S
+
+
+def _scatter(rows: Sequence[Times]) -> float:
     whole = [row.forward + row.backward for row in rows]
-    return PATIENCE_S if statistics.median(whole) > NOISE * min(whole) else BUDGET_S
+    return statistics.median(whole) / max(min(whole), 1e-9)
 
 
 def _median(rows: Sequence[Times]) -> Times:
