@@ -16,9 +16,9 @@ from pipecompile.capture import Loss, untouched
 from pipecompile.compare import differences, gradients, gradients_aside, worst
 from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import Weigh, compile_model
-from pipecompile.cost import NodeCost, estimate, measure, read_costs
+from pipecompile.cost import NodeCost, estimate, measure, read_costs, stage_formulas
 from pipecompile.errors import ScheduleError, VerificationError
-from pipecompile.ir import Graph
+from pipecompile.ir import Graph, StageFormulas
 from pipecompile.machine import Machine, find_machine, parse_bytes
 from pipecompile.masters import read_dtype
 from pipecompile.pipe import Pipe, build_files, read_files
@@ -88,10 +88,19 @@ def compile(
         price = _price(costs, model, microbatch, device, progress)
         compiled = compile_model(model, microbatch, loss, price, options, _weigh(costs, model, microbatch))
         note = _check(compiled, model, microbatch, loss) if check else "not checked against the unsplit model"
-        plan = compiled.plan(source or {}, note)
+        plan = compiled.plan(source or {}, note, _formulas(compiled, device))
         return json.dumps(build_files(plan, compiled.program, compiled.sources))
 
     return Pipe(json.loads(from_first_rank(files)), model, loss)
+
+
+def _formulas(compiled: Compiled, machine: Machine) -> tuple[StageFormulas, ...]:
+    """The stages' costs at other sizes; none where they cannot be estimated."""
+    parts = compiled.split
+    try:
+        return stage_formulas(parts.graph, parts.stage_of, compiled.options.stages, machine)
+    except Exception:  # operations without a meta kernel raise errors of any kind
+        return ()
 
 
 def _price(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipecompile.ir import Forecast, Program, Shape, Value
+from pipecompile.ir import Forecast, Program, Shape, StageFormulas, Value
 from pipecompile.passes.assemble import StageBody, held
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.notes import stage_notes
@@ -59,8 +59,10 @@ class Compiled:
     program: Program
     forecast: Forecast
 
-    def plan(self, source: Mapping[str, Any], note: str = "") -> Plan:
-        """The plan; ``source`` says where the model came from, ``note`` is added to the graph's own."""
+    def plan(self, source: Mapping[str, Any], note: str = "", formulas: tuple[StageFormulas, ...] = ()) -> Plan:
+        """The plan; ``source`` says where the model came from, ``note`` is added to the graph's own, ``formulas`` are
+        the stages' costs at other sizes.
+        """
         graph, partition, link = self.split.graph, self.split.partition, self.options.link
         specs = {value.name: value.spec for node in graph.nodes for value in node.outputs}
         return Plan(
@@ -91,6 +93,10 @@ class Compiled:
             sizes=graph.sizes,
             fixed=graph.fixed,
             conditions=graph.conditions,
+            formulas=formulas,
+            shared_bytes={shared.parameter: shared.bytes for shared in partition.shared},
+            optimizer_factor=self.options.optimizer_factor,
+            program=self.program,
         )
 
     def why(self) -> tuple[str, ...]:

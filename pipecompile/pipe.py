@@ -7,6 +7,7 @@ import json
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, overload
@@ -82,6 +83,7 @@ class Pipe:
         self.plan = Plan.from_json(_json(files, "plan.json"))
         self.program = verify(Program.from_json(_json(files, "program.json")), self.plan.partition)
         check_mean(self.program, self.plan.weight)
+        self.plan = replace(self.plan, program=self.program)
         self.loss = loss
         watch(model, self.plan.random)
         self.rank, self.ranks, mine = stages_here(self.program, local)

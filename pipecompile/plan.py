@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipecompile.errors import BuildError
@@ -16,18 +16,32 @@ from pipecompile.ir import (
     Partition,
     Path,
     Port,
+    Program,
     Shared,
     Spec,
     StageCost,
+    StageFormulas,
     StagePlan,
     Transfer,
     Use,
     Value,
 )
 from pipecompile.ir.size import read_size, with_size_texts
-from pipecompile.machine import format_bytes
-
-Sizes = Mapping[str, int]
+from pipecompile.machine import format_bytes, parse_bytes
+from pipecompile.memory import ADAM, memory_over_time, standing_bytes
+from pipecompile.other_sizes import (
+    Sizes,
+    bytes_expression,
+    checked_sizes,
+    costs_at,
+    expression,
+    holds,
+    largest,
+    spec_at,
+    stage_at,
+    transfers_at,
+)
+from pipecompile.simulate import Link, simulate
 
 PLAN_VERSION = 2
 
@@ -73,12 +87,81 @@ class Plan:
     sizes: Mapping[str, int] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
+    formulas: tuple[StageFormulas, ...] = ()
+    shared_bytes: Mapping[str, int] = field(default_factory=dict)
+    optimizer_factor: float = ADAM
+    program: Program | None = field(default=None, compare=False, repr=False)
+
+    def at(self, **sizes: int) -> Plan:
+        """The plan at other open sizes, ``batch`` (rows of a microbatch) and ``sequence``, without capturing anew.
+
+        Cuts and program stay; shapes, bytes, times, memory and the forecast follow. Measured times change as estimated
+        ones do; what whole instructions were seen to take is known for the compiled sizes only and is left out. Raises BatchError for a size that is fixed or unknown, or that does not meet the conditions.
+        """
+        wanted = checked_sizes(sizes, self.sizes, self.fixed, self.conditions)
+        return self._resized(wanted)
+
+    def _resized(self, sizes: Sizes) -> Plan:
+        resized = replace(
+            self,
+            sizes=sizes,
+            inputs=tuple(replace(value, spec=spec_at(value.spec, sizes)) for value in self.inputs),
+            stages=tuple(stage_at(stage, sizes) for stage in self.stages),
+            costs=costs_at(self.costs, self.formulas, self.sizes, sizes),
+            bound_ms=0.0,
+            bound_bytes=0,
+        )
+        resized = replace(resized, transfers=transfers_at(self.transfers, resized.stages))
+        if self.program is None:
+            return resized
+        return replace(
+            resized,
+            forecast=simulate(
+                self.program,
+                resized.partition,
+                Link(self.link[0], self.link[1]) if self.link else None,
+                self.optimizer_factor,
+            ),
+        )
+
+    def largest_microbatch(self, memory: int | str) -> int:
+        """The most rows of a microbatch with which every rank stays within ``memory`` ("80GiB" or bytes) by the forecast.
+
+        Each instruction of the program holds bytes that grow by so many with each row; that is solved for the rows.
+        Raises BatchError if the model fixes the rows, MemoryLimitError if not even one fits.
+        """
+        checked_sizes({"batch": 1}, self.sizes, self.fixed, ())
+        limit = parse_bytes(memory) if isinstance(memory, str) else memory
+        assert self.program is not None, "a plan of a pipe has its program"
+        program, factor = self.program, self.optimizer_factor
+        estimated = replace(self, costs=tuple(replace(cost, uses=()) for cost in self.costs))
+
+        def held(rows: int) -> tuple[tuple[int, ...], ...]:
+            plan = estimated._resized({**self.sizes, "batch": rows})
+            standing = standing_bytes(program, plan.partition, factor)
+            lines = memory_over_time(program, plan.partition, factor)
+            return tuple((size, *line) for size, line in zip(standing, lines))
+
+        return largest(held, limit, lambda rows: holds({**self.sizes, "batch": rows}, self.conditions))
+
+    @property
+    def flops(self) -> tuple[Any, ...]:
+        """Each stage's FLOPs for a microbatch, forward and backward, as sympy expressions in the open sizes."""
+        return tuple(expression(formulas.flops, self.sizes) for formulas in self.formulas)
+
+    def bytes_of(self, value: str) -> Any:
+        """The bytes of a value that crosses, as a sympy expression in the open sizes."""
+        specs = {port.name: port.spec for stage in self.stages for port in stage.outputs}
+        return bytes_expression(specs[value], self.sizes)
 
     @property
     def partition(self) -> Partition:
         """What programs are proved against: costs, transfers and shared parameters, without the nodes."""
         names = dict.fromkeys(name for stage in self.stages for name in stage.shared)
-        shared = [Shared(name, tuple(s.index for s in self.stages if name in s.shared)) for name in names]
+        shared = [
+            Shared(name, tuple(s.index for s in self.stages if name in s.shared), self.shared_bytes.get(name, 0))
+            for name in names
+        ]
         return Partition(self.model, len(self.stages), (), self.costs, self.transfers, tuple(shared))
 
     @property
@@ -87,13 +170,14 @@ class Plan:
         return sum(t.bytes + t.gradient_bytes for t in self.transfers)
 
     def to_json(self) -> dict[str, Any]:
-        whole = {name: getattr(self, name) for name in self.__slots__ if name not in ("forecast", "stages")}
+        whole = {name: getattr(self, name) for name in self.__slots__ if name not in ("forecast", "stages", "program")}
         whole |= {
             "version": PLAN_VERSION,
             "inputs": with_size_texts([asdict(value) for value in self.inputs]),
             "stages": with_size_texts([stage.to_json() for stage in self.stages]),
             "conditions": [asdict(condition) for condition in self.conditions],
             "reported": with_size_texts([asdict(value) for value in self.reported]),
+            "formulas": [asdict(formulas) for formulas in self.formulas],
             "costs": [asdict(cost) for cost in self.costs],
             "transfers": [asdict(transfer) for transfer in self.transfers],
             "forecast": {
@@ -127,11 +211,14 @@ class Plan:
             )
             lists = ("link", "placement", "random", "replicated", "opened", "notes", "why")
             sizes = {str(name): int(size) for name, size in whole["sizes"].items()}
-            fields: dict[str, Any] = {name: whole[name] for name in (*plain, "source", "fixed")}
+            fields: dict[str, Any] = {
+                name: whole[name] for name in (*plain, "source", "fixed", "optimizer_factor", "shared_bytes")
+            }
             fields |= {name: tuple(whole[name]) for name in lists}
             return Plan(
                 **fields,
                 sizes=sizes,
+                formulas=tuple(StageFormulas(**formulas) for formulas in whole["formulas"]),
                 conditions=tuple(Condition(**condition) for condition in whole["conditions"]),
                 inputs=tuple(_value(value, sizes) for value in whole["inputs"]),
                 stages=tuple(_stage(stage, sizes) for stage in whole["stages"]),
@@ -179,6 +266,11 @@ class Plan:
         lines += [f"shared by several stages, gradients summed: {name}" for name in shared]
         lines += [f"opened: {', '.join(self.opened)}"] if self.opened else []
         lines += [f"recomputed before the backward: {text}" for text in self._recomputed()]
+        if self.sizes:
+            lines += [
+                f"runs with any {' and '.join(self.sizes)}, compiled for {', '.join(map(str, self.sizes.values()))}"
+            ]
+        lines += [f"{name} is fixed: {why}" for name, why in self.fixed.items()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

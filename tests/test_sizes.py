@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import pipecompile
 from pipecompile import Pipe
 from pipecompile.compiled import Options
 from pipecompile.compiler import compile_model
+from pipecompile.errors import BatchError, BuildError, MemoryLimitError
+from pipecompile.ir.size import read_size
 from pipecompile.pipe import build_files
 from pipecompile.runtime import RankRuntime, connect, split
 from tests.models import MODELS
@@ -109,3 +113,84 @@ def test_processes_follow_the_sizes(shared_memory: bool) -> None:
             seen.add(name)
             torch.testing.assert_close(torch.tensor(gradient), expected[-1].gradients[name], rtol=1e-5, atol=1e-7)
     assert seen == set(expected[-1].gradients)
+
+
+def estimated(name: str, rows: int, less: int) -> Pipe:
+    """One of the six models with another number of rows, and sequences shorter by ``less``, compiled with estimates."""
+    model, batch, loss = MODELS[name]()
+    batch = {k: torch.cat([t, t, t])[:rows, : t.shape[1] - less] if t.ndim == 2 else t for k, t in batch.items()}
+    options: dict[str, Any] = {"costs": "estimate", "check": False, "progress": False}
+    return pipecompile.compile(model, batch, stages=4, microbatches=MICROBATCHES, loss=loss, **options)
+
+
+def test_the_plan_of_other_sizes_is_that_of_compiling_anew(tmp_path: Any) -> None:
+    estimated("gpt2", 8, 0).save(tmp_path / "build")
+    plan = pipecompile.load(tmp_path / "build", MODELS["gpt2"]()[0]).plan
+    told, anew = plan.at(batch=5, sequence=13), estimated("gpt2", 20, 3).plan
+    assert told.sizes == anew.sizes == {"batch": 5, "sequence": 13}
+    assert told.transfers == anew.transfers
+    assert told.inputs == anew.inputs
+    assert [cost.saved_bytes for cost in told.costs] == [cost.saved_bytes for cost in anew.costs]
+    assert [cost.total_ms for cost in told.costs] == pytest.approx([cost.total_ms for cost in anew.costs], rel=1e-9)
+    assert told.forecast.peak_bytes == anew.forecast.peak_bytes
+    assert told.forecast.step_ms == pytest.approx(anew.forecast.step_ms, rel=1e-9)
+    assert plan.flops == anew.flops
+    batch, sequence = (sympy.Symbol(name, integer=True, positive=True) for name in ("batch", "sequence"))
+    assert plan.bytes_of(told.transfers[0].value) == 32 * 4 * batch * sequence
+    assert plan.flops[1].subs({batch: 5, sequence: 13}) == anew.flops[1].subs({batch: 5, sequence: 13}) > 0
+
+
+def test_the_largest_microbatch_fits_and_one_row_more_does_not() -> None:
+    plan = estimated("gpt2", 8, 0).plan
+    for rows in (3, 40):
+        limit = max(plan.at(batch=rows).forecast.peak_bytes)
+        for memory, expected in ((limit, rows), (limit - 1, rows - 1), (limit + 7, rows)):
+            found = plan.largest_microbatch(memory)
+            assert found == expected
+            assert max(plan.at(batch=found).forecast.peak_bytes) <= memory
+            assert max(plan.at(batch=found + 1).forecast.peak_bytes) > memory
+    with pytest.raises(MemoryLimitError, match=r"not even a microbatch of one row fits into 1\.0 KiB"):
+        plan.largest_microbatch("1KiB")
+
+
+class Fixing(nn.Module):
+    """Reads the number of rows as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = int(x.shape[0])
+        for layer in self.layers:
+            x = layer(x) * torch.tensor([0.5] * rows)[:, None]
+        return x
+
+
+def test_what_the_model_fixes_is_told() -> None:
+    pipe = pipecompile.compile(
+        Fixing(), torch.randn(8, 8), stages=2, microbatches=4, loss=lambda m, x: m(x).square().mean(), costs="estimate",
+        progress=False,
+    )  # fmt: skip
+    assert "batch" in pipe.plan.fixed
+    assert "test_sizes.py" in pipe.plan.fixed["batch"]
+    assert "batch is fixed" in str(pipe.plan)
+    with pytest.raises(BatchError, match=r"batch is float32\[12, 8\], but .* batch is fixed: .*test_sizes.py, line"):
+        pipe.step(torch.randn(12, 8))
+    with pytest.raises(BatchError, match=r"batch=3: batch is fixed: "):
+        pipe.plan.at(batch=3)
+    with pytest.raises(BatchError, match=r"width=3: the model has no such open size, it has none"):
+        pipe.plan.at(width=3)
+
+
+def test_lengths_that_were_equal_must_agree() -> None:
+    files = compiled("gpt2")
+    model, batch, loss = MODELS["gpt2"]()
+    with pytest.raises(BatchError, match=r"dimension 1 of batch\['labels'\] is 12, but .*'input_ids'\] is 16"):
+        Pipe(files, model, loss).step({**batch, "labels": batch["labels"][:, :12]})
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "batch.real", "9**9", "batch[0]", "width", "batch(", "lambda: 1"])
+def test_a_size_that_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(BuildError, match=r"is no size in batch|is no expression"):
+        read_size(text, {"batch": 2})

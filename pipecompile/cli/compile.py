@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from pipecompile.cli.output import standard_output
+
+if TYPE_CHECKING:
+    from pipecompile.plan import Plan
 
 DEFAULT_MICROBATCHES_PER_RANK = 2
 
@@ -66,6 +69,8 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
         print(json.dumps({"build": str(options.out), "plan": pipe.plan.to_json()}), file=out)
     else:
         print(pipe.plan)
+        if options.memory and "batch" in pipe.plan.sizes:
+            print(_largest(pipe.plan, options.memory))
         if options.explain:
             print("", *pipe.plan.why, sep="\n")
         print(f"\nwritten to {options.out}: pipecompile verify {options.out}, pipecompile run {options.out}")
@@ -78,6 +83,16 @@ def recompute_modes(text: str) -> str | dict[int, str]:
         return text
     pairs = [part.partition("=") for part in text.split(",")]
     return {int(stage) if stage.strip().isdecimal() else -1: mode for stage, _, mode in pairs}
+
+
+def _largest(plan: Plan, memory: str) -> str:
+    """The largest microbatch that fits, as a line of the plan."""
+    from pipecompile.errors import PipecompileError
+
+    try:
+        return f"largest microbatch within {memory}: {plan.largest_microbatch(memory)} rows"
+    except PipecompileError as error:
+        return f"largest microbatch within {memory}: {error}"
 
 
 def default_microbatches(batch: object, ranks: int) -> int:

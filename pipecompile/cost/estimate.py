@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from pipecompile.cost.graph import NodeCost
 from pipecompile.cost.interpreter import fill, operation, reach, references
 from pipecompile.cost.key import line, specs
-from pipecompile.cost.roofline import Fused, Roofline, attention_flops, tensors
+from pipecompile.cost.roofline import Fused, Kernel, Roofline, attention_flops, tensors
 from pipecompile.errors import CostError
 from pipecompile.ir import Attribute, Graph, Node, Ref, Spec
 from pipecompile.machine import Machine
@@ -41,7 +41,7 @@ def estimate(graph: Graph, machine: Machine) -> dict[str, NodeCost]:
         )
         if signature not in found:
             try:
-                found[signature] = _estimate_node(_Shapes(graph, known), node, parts, machine)
+                found[signature] = _cost(run_node(Shapes(graph, known), node, parts), machine)
             except Exception as error:
                 raise CostError(
                     f"node {node.name!r} ({node.target}) cannot be estimated: {error}; use --costs measure or a file"
@@ -50,7 +50,25 @@ def estimate(graph: Graph, machine: Machine) -> dict[str, NodeCost]:
     return costs
 
 
-def _estimate_node(shapes: _Shapes, node: Node, parts: Sequence[Node], machine: Machine) -> NodeCost:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The kernels of a node: of its forward, of its whole backward, of a backward that makes no weight gradients."""
+
+    forward: tuple[Kernel, ...]
+    backward: tuple[Kernel, ...]
+    backward_input: tuple[Kernel, ...]
+    saved_bytes: int
+
+
+def _cost(work: Work, machine: Machine) -> NodeCost:
+    forward, whole, half = (
+        sum(kernel.ms(machine) for kernel in kernels) for kernels in (work.forward, work.backward, work.backward_input)
+    )
+    return NodeCost(forward, whole, work.saved_bytes, max(0.0, whole - half))
+
+
+def run_node(shapes: Shapes, node: Node, parts: Sequence[Node]) -> Work:
+    """What ``parts``, the operations of ``node``, compute and keep, on meta tensors."""
     given = {name for part in parts for name in references(part)} - {v.name for part in parts for v in part.outputs}
     leaves = {name: shapes.value(name) for name in sorted(given)}
     inputs = [tensor for tensor in leaves.values() if tensor.requires_grad]
@@ -62,31 +80,30 @@ def _estimate_node(shapes: _Shapes, node: Node, parts: Sequence[Node], machine: 
         kept.update([_storage(tensor)])
         return tensor
 
-    counter = Roofline(machine)
+    counter = Roofline()
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for part in parts:
             values |= shapes.run(part, values, counter)
-    forward = counter.ms
+    forward = tuple(counter.kernels)
     made = [values[value.name] for value in node.outputs if values[value.name].requires_grad]
     weights = [tensor for tensor in shapes.attributes.values() if tensor.requires_grad]
     own = {_storage(tensor)[0] for tensor in shapes.attributes.values()}
-    whole = _backward_ms(made, [*inputs, *weights], counter)
-    return NodeCost(
+    return Work(
         forward,
-        whole,
+        _backward(made, [*inputs, *weights], counter),
+        _backward(made, inputs, counter),
         sum(size for storage, size in kept.items() if storage not in own) if made else 0,
-        max(0.0, whole - _backward_ms(made, inputs, counter)),
     )
 
 
-def _backward_ms(made: Sequence[Tensor], towards: Sequence[Tensor], counter: Roofline) -> float:
+def _backward(made: Sequence[Tensor], towards: Sequence[Tensor], counter: Roofline) -> tuple[Kernel, ...]:
     if not made or not towards:
-        return 0.0
+        return ()
     gradients = [torch.ones_like(tensor) for tensor in made]
-    before = counter.ms
+    before = len(counter.kernels)
     with counter:
         torch.autograd.grad(made, towards, gradients, retain_graph=True, allow_unused=True)
-    return counter.ms - before
+    return tuple(counter.kernels[before:])
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
@@ -96,7 +113,7 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shapes:
+class Shapes:
     """Runs operations on meta tensors; ``attributes`` collects the parameters and buffers that they use."""
 
     graph: Graph

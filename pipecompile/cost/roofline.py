@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +24,25 @@ from pipecompile.ir import Spec
 from pipecompile.machine import Machine
 
 
-class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the milliseconds of the kernels that run while it is entered."""
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What one kernel computes and moves."""
 
-    def __init__(self, machine: Machine) -> None:
+    flops: float
+    bytes: int
+    dtype: str
+
+    def ms(self, machine: Machine) -> float:
+        compute = machine.compute_ms(self.flops, self.dtype)
+        return max(compute, machine.move_ms(self.bytes)) + machine.launch_us / 1e3
+
+
+class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lists the kernels that run while it is entered."""
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.machine = machine
-        self.ms: float = 0.0
+        self.kernels: list[Kernel] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -46,8 +59,7 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = list(written)
         moved = {id(tensor): tensor.nbytes for tensor in (*read, *made)}
         dtype = next((tensor.dtype for tensor in made if tensor.is_floating_point()), torch.float32)
-        compute = self.machine.compute_ms(flops, str(dtype).removeprefix("torch."))
-        self.ms += max(compute, self.machine.move_ms(sum(moved.values()))) + self.machine.launch_us / 1e3
+        self.kernels.append(Kernel(flops, sum(moved.values()), str(dtype).removeprefix("torch.")))
 
 
 def _is_free(func: Any) -> bool:

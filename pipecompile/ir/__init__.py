@@ -20,6 +20,7 @@ from pipecompile.ir.partition import (
     Partition,
     Shared,
     StageCost,
+    StageFormulas,
     Transfer,
     Use,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "Span",
     "Spec",
     "StageCost",
+    "StageFormulas",
     "StagePlan",
     "Timetable",
     "Transfer",

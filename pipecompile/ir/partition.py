@@ -151,6 +151,20 @@ class StageCost:
 
 
 @dataclass(frozen=True, slots=True)
+class StageFormulas:
+    """A stage's estimated cost of a microbatch as texts in its open sizes (``ir.size``): milliseconds, bytes, FLOPs.
+
+    ``backward_input_ms`` is a backward without weight gradients; ``flops`` are forward's and backward's together.
+    """
+
+    forward_ms: str
+    backward_ms: str
+    backward_input_ms: str
+    saved_bytes: str
+    flops: str
+
+
+@dataclass(frozen=True, slots=True)
 class Shared:
     """A trainable parameter (canonical FQN) that lives in several stages, whose gradients are summed."""
 

@@ -83,7 +83,7 @@ def evaluate(text: str, values: Mapping[str, Any]) -> Any:
 
     def walk(node: ast.AST) -> Any:
         match node:
-            case ast.Constant(value=int() as value):
+            case ast.Constant(value=int() | float() as value):
                 return value
             case ast.Name(id=name) if name in values:
                 return values[name]
