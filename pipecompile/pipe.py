@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from pipecompile.ir.versions import updates
 from pipecompile.masters import Masters
 from pipecompile.model_file import ModelFile, read_model_file
 from pipecompile.passes.communicate import communicate
+from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
@@ -34,11 +35,13 @@ from pipecompile.runtime import (
     Ran,
     RankRuntime,
     Stage,
+    World,
     begin_microbatch,
     make_stage,
     own_streams,
     split,
     watch,
+    world_of,
 )
 from pipecompile.runtime.sizes import StepSizesOf
 from pipecompile.saving import Share, load_weights, save_weights
@@ -81,12 +84,13 @@ class Pipe:
     ) -> None:
         self._files = dict(files)
         self.plan = Plan.from_json(_json(files, "plan.json"))
-        self.program = verify(Program.from_json(_json(files, "program.json")), self.plan.partition)
+        program = Program.from_json(_json(files, "program.json"))
+        self._world, mine = stages_here(program, local)
+        self.program = verify(for_replicas(program, self._world.replicas), self.plan.partition)
         check_mean(self.program, self.plan.weight)
         self.plan = replace(self.plan, program=self.program)
         self.loss = loss
         watch(model, self.plan.random)
-        self.rank, self.ranks, mine = stages_here(self.program, local)
         self._stages: dict[int, Stage] = {s: self._make(s, model) for s in mine}
         self.seed = seed
         self.steps = 0
@@ -107,6 +111,26 @@ class Pipe:
     def forecast(self) -> Forecast:
         """The predicted time, idle shares and peak memory of a step."""
         return self.plan.forecast
+
+    @property
+    def rank(self) -> int:
+        """The rank whose program this process runs; 0 where all ranks run in it."""
+        return self._world.rank
+
+    @property
+    def ranks(self) -> int:
+        """How many processes run the program; 1 where all ranks run in this one."""
+        return self._world.ranks
+
+    @property
+    def replica(self) -> int:
+        """Which of the ``replicas`` this process belongs to."""
+        return self._world.replica
+
+    @property
+    def replicas(self) -> int:
+        """How many data parallel replicas run the program."""
+        return self._world.replicas
 
     @property
     def stages(self) -> Mapping[int, Stage]:
@@ -170,6 +194,7 @@ class Pipe:
 
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
         Sizes that the model leaves open (``plan.sizes``: rows, sequence length) may be others than the compiled ones.
+        Each replica is given a batch of its own, and loss and gradients are the mean over the microbatches of all.
 
         A schedule that never flushes (``pipedream``, ``pipedream-2bw``) updates weights while it runs, with ``optimizer``
         over ``parameters()``: after each microbatch, by the gradient of its loss, or after each group of as many
@@ -260,12 +285,12 @@ class Pipe:
     def _begin_microbatch(self, microbatch: int) -> None:
         self._gathering.microbatch = microbatch
         if self.plan.random:
-            begin_microbatch(self.seed, self.steps, microbatch)
+            begin_microbatch(self.seed, self.steps, self.replica * self.plan.microbatches + microbatch)
 
     def _make_runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         plan = self.plan
         program, stages = (self.program, plan.stages) if trains else forward_only(self.program, plan.stages)
-        if self.ranks == 1:
+        if self._world.processes == 1:
             return LocalRuntime(program, self._stages, stages, loss=plan.loss, weight=plan.weight, inputs=plan.inputs)
         return RankRuntime(
             program,
@@ -290,15 +315,17 @@ class Pipe:
                 f"or put it into a module such as nn.Dropout, which looks at its mode when it is called"
             )
 
-    def reference(self, model: nn.Module, batch: Any, step: int | None = None) -> Tensor:
+    def reference(self, model: nn.Module, batch: Any, step: int | None = None, others: Sequence[Any] = ()) -> Tensor:
         """The same step on the unsplit ``model``: gradient accumulation over the same microbatches. Returns the loss.
 
-        Random numbers are those of the pipe's step ``step``, the one that it took last unless given.
+        Random numbers are those of the pipe's step ``step``, the one that it took last unless given. ``others`` are the
+        batches of the replicas after the first.
         """
         number = max(self.steps - 1, 0) if step is None else step
         watch(model, self.plan.random)
         with own_streams():
-            return self._accumulate(Step(model, self.loss), split(batch, self.plan.microbatches), number)
+            microbatches = [m for each in (batch, *others) for m in split(each, self.plan.microbatches)]
+            return self._accumulate(Step(model, self.loss), microbatches, number)
 
     def _accumulate(self, step: Step, microbatches: list[Any], number: int) -> Tensor:
         losses: list[Tensor] = []
@@ -327,7 +354,7 @@ class Pipe:
 
     def share(self) -> Share:
         """What this process has of the model's weights."""
-        return Share(self._layout, self.plan.holds, self._stages, self.rank, self.ranks)
+        return Share(self._layout, self.plan.holds, self._stages, self.rank, self.ranks, self.replica)
 
     def save_weights(self, directory: str | Path) -> None:
         """Write the model's weights under its own names: safetensors and an index, each rank its shards.
@@ -350,10 +377,12 @@ class Pipe:
         write_build(directory, self._files)
 
 
-def stages_here(program: Program, local: bool = False) -> tuple[int, int, list[int]]:
-    """This process's rank, the number of processes (1 where all ranks run in this one), and the stages that it runs."""
-    rank, ranks = (0, 1) if local else _world(program.shape.ranks)
-    return rank, ranks, [s for s, home in enumerate(program.shape.placement) if ranks == 1 or home == rank]
+def stages_here(program: Program, local: bool = False) -> tuple[World, list[int]]:
+    """This process's place (that of a single rank where all run in it), and the stages that it runs."""
+    if local or not dist.is_initialized() or dist.get_world_size() == 1:
+        return World(0, 1, 1), list(range(program.shape.stages))
+    world = world_of(program.shape.ranks)
+    return world, list(program.shape.stages_of(world.rank))
 
 
 def read_files(directory: str | Path, trust: bool = False) -> dict[str, str]:
@@ -385,7 +414,7 @@ def open_share(
     files, file = _files_and_model_file(directory, trust)
     plan = Plan.from_json(_json(files, "plan.json"))
     program = Program.from_json(_json(files, "program.json"))
-    owned = {name for stage in stages_here(program, local)[2] for name in plan.holds[stage]}
+    owned = {name for stage in stages_here(program, local)[1] for name in plan.holds[stage]}
     model = materialise(file.model, owned, open_checkpoint(weights) if weights is not None else None)
     return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), file
 
@@ -405,15 +434,3 @@ def _json(files: Files, name: str) -> Any:
         raise BuildError(f"the build has no {name}; compile again") from None
     except ValueError as error:
         raise BuildError(f"the build's {name} is no JSON: {error}; compile again") from error
-
-
-def _world(ranks: int) -> tuple[int, int]:
-    """(this process's rank, ranks that run): (0, 1) where all ranks run in this process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return 0, 1
-    if dist.get_world_size() != ranks:
-        raise BuildError(
-            f"the program is for {ranks} ranks, but {dist.get_world_size()} processes run; "
-            f"start it with torchrun --nproc-per-node {ranks}"
-        )
-    return dist.get_rank(), ranks

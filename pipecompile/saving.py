@@ -30,13 +30,17 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one process has: ``stages`` by index, of which ``holds`` gives the names for all; its rank of ``ranks``."""
+    """What one process has: ``stages`` by index, of which ``holds`` gives the names for all; its rank of ``ranks``.
+
+    Replicas have the same, of which the first writes.
+    """
 
     layout: Layout
     holds: Sequence[Sequence[str]]
     stages: Mapping[int, nn.Module]
     rank: int
     ranks: int
+    replica: int = 0
 
     def names(self) -> dict[int, str]:
         """The canonical name of each parameter of this process by its id()."""
@@ -68,7 +72,7 @@ def save_weights(share: Share, directory: str | Path) -> None:
         return ""
 
     from_first_rank(begin)
-    on_every_rank(lambda: writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages))
+    on_every_rank(share, lambda: writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages))
     from_first_rank(finish)
 
 
@@ -107,7 +111,7 @@ def save_checkpoint(share: Share, directory: str | Path, step: int, optimizer: O
         return ""
 
     from_first_rank(begin)
-    on_every_rank(write)
+    on_every_rank(share, write)
     from_first_rank(finish)
 
 
@@ -138,11 +142,12 @@ def check_start(directory: str | Path, step: int) -> None:
         )
 
 
-def on_every_rank(work: Callable[[], None]) -> None:
-    """Do ``work`` on every rank; if it fails on one, it fails on all."""
+def on_every_rank(share: Share, work: Callable[[], None]) -> None:
+    """Do ``work`` on every rank of the first replica; if it fails on one, it fails on all processes."""
     error: Exception | None = None
     try:
-        work()
+        if share.replica == 0:
+            work()
     except (CheckpointError, OSError) as caught:
         error = caught
     failed = error is not None

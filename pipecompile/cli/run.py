@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipecompile.cli.output import standard_output
+from pipecompile.errors import CheckpointError, RuntimeFault, TraceError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train with a build: one process for each rank, started by torchrun, or all ranks in this one."
     parser.add_argument("build", help="a build directory")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default 100)")
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="start N data parallel replicas; of N batches each takes one, and a step is their mean",
+    )
     parser.add_argument("--save", metavar="DIR", help="write checkpoints there, the last one after the last step")
     parser.add_argument("--save-every", type=int, default=0, metavar="N", help="also write one after every N steps")
     start = parser.add_mutually_exclusive_group()
@@ -34,9 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.replicas < 1 or (options.local and options.replicas > 1):
+        raise RuntimeFault(
+            f"--replicas {options.replicas}{' --local' * options.local} is no run; expected at least 1, each in processes "
+            "of its own"
+        )
     if options.local or "RANK" in os.environ:
-        with standard_output(options.json) as out:
-            return _train(options, out)
+        try:
+            with standard_output(options.json) as out:
+                return _train(options, out)
+        except RuntimeFault as error:
+            if getattr(error, "__notes__", ()):  # another rank failed first, and says so
+                return 1
+            raise
     return _start_ranks(options)
 
 
@@ -46,7 +64,8 @@ def _start_ranks(options: argparse.Namespace) -> int:
     from pipecompile.plan import Plan
 
     plan = Plan.from_json(json.loads(read_files(options.build, options.trust)["plan.json"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(plan.ranks * options.replicas)]
     command += ["-m", "pipecompile", "run", str(Path(options.build)), "--steps", str(options.steps)]
     command += ["--timeout", str(options.timeout)]
     command += [flag for flag in ("--trust", "--json") if getattr(options, flag[2:])]
@@ -61,7 +80,6 @@ def _start_ranks(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace, out: TextIO) -> int:
     import torch.distributed as dist
 
-    from pipecompile.errors import CheckpointError, TraceError
     from pipecompile.runtime import connect
 
     if options.steps < 1 or options.save_every < 0 or (options.save_every and not options.save):
@@ -80,10 +98,12 @@ def _train(options: argparse.Namespace, out: TextIO) -> int:
     first, begin = pipe.steps, time.perf_counter()
     losses = _loop(options, pipe, file, optimizer)
     seconds = time.perf_counter() - begin
-    if pipe.rank == 0 and options.json:
-        print(json.dumps({"losses": losses, "seconds": seconds, "ranks": pipe.ranks, "first_step": first}), file=out)
-    elif pipe.rank == 0:
+    if _tells(pipe) and options.json:
+        found = {"losses": losses, "seconds": seconds, "ranks": pipe.ranks, "replicas": pipe.replicas}
+        print(json.dumps(found | {"first_step": first}), file=out)
+    elif _tells(pipe):
         where = f"on {pipe.ranks} ranks" if not options.local else "in one process"
+        where += f" in {pipe.replicas} replicas" if pipe.replicas > 1 else ""
         print(f"{options.steps} steps {where} in {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
     if not options.local:
         dist.destroy_process_group()
@@ -92,13 +112,13 @@ def _train(options: argparse.Namespace, out: TextIO) -> int:
 
 def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The pipe, at the step from which it goes on, the model file and the optimizer."""
-    import torch
-
     from pipecompile.pipe import open_share
+    from pipecompile.restarts import begin_run, restarted
     from pipecompile.saving import check_start, load_training
     from pipecompile.weights.folder import newest
 
-    checkpoint = newest(options.resume) if options.resume else None
+    again = restarted(options.save)
+    checkpoint = again.checkpoint if again else newest(options.resume) if options.resume else None
     pipe, file = open_share(
         options.build,
         options.trust,
@@ -109,35 +129,35 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     optimizer = file.optimizer(pipe.parameters())
     if checkpoint:
         step = load_training(pipe.share(), checkpoint, optimizer)
-        for index in range(step):  # batches may come from a source that moves on with each
-            torch.manual_seed(index)
-            file.batch()
-        pipe.steps = step
-    if options.save:
+        for _ in range(step):  # batches may come from a source that moves on with each
+            _batch(pipe, file)
+            pipe.steps += 1
+    if again:
+        options.steps -= pipe.steps - again.first
+    elif options.save:
         check_start(options.save, pipe.steps)
+        begin_run(options.save, pipe.steps)
     return pipe, file, optimizer
 
 
 def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> list[float]:
     """Take the steps and save as asked; their losses."""
-    import torch
-
     from pipecompile.cli.tracing import traced_step
     from pipecompile.saving import save_checkpoint
 
     traced = _traced(options)
     losses: list[float] = []
     for taken in range(options.steps):
-        torch.manual_seed(pipe.steps)
+        batch = _batch(pipe, file)
         if taken == traced:
-            loss = traced_step(pipe, file.batch(), optimizer if pipe.updates else None, options.trace)
+            loss = traced_step(pipe, batch, optimizer if pipe.updates else None, options.trace)
         else:
-            loss = pipe.step(file.batch(), optimizer if pipe.updates else None)
+            loss = pipe.step(batch, optimizer if pipe.updates else None)
         if not pipe.updates:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(float(loss))
-        if pipe.rank == 0 and not options.json and _is_told(taken, options.steps):
+        if _tells(pipe) and not options.json and _is_told(taken, options.steps):
             print(f"step {pipe.steps - 1:4}  loss {losses[-1]:.6f}", flush=True)
         due = options.save_every and pipe.steps % options.save_every == 0
         if options.save and (due or taken == options.steps - 1):
@@ -150,6 +170,22 @@ def _traced(options: argparse.Namespace) -> int:
     if not options.trace:
         return -1
     return options.steps - 1 if options.trace_step is None else int(options.trace_step)
+
+
+def _batch(pipe: Any, file: Any) -> Any:
+    """The next batch for this replica: of a step's batches, one for each, that with its number."""
+    import torch
+
+    found = []
+    for index in range(pipe.replicas):
+        torch.manual_seed(pipe.steps * pipe.replicas + index)
+        found.append(file.batch())
+    return found[pipe.replica]
+
+
+def _tells(pipe: Any) -> bool:
+    """Whether this process prints for all."""
+    return bool(pipe.rank == pipe.replica == 0)
 
 
 def _is_told(index: int, steps: int) -> bool:

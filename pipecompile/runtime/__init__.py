@@ -10,6 +10,7 @@ from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.random import begin_microbatch, own_streams, reseed, watch
 from pipecompile.runtime.rank import RankRuntime
 from pipecompile.runtime.recompute import recompute, recomputed
+from pipecompile.runtime.replicas import World, world_of
 from pipecompile.runtime.report import Gathering, report
 from pipecompile.runtime.stage import Stage, make_stage
 from pipecompile.runtime.transport import Mailboxes, Transport
@@ -22,6 +23,7 @@ __all__ = [
     "RankRuntime",
     "Stage",
     "Transport",
+    "World",
     "begin_microbatch",
     "connect",
     "device_of",
@@ -38,4 +40,5 @@ __all__ = [
     "set_gradient",
     "split",
     "watch",
+    "world_of",
 ]

@@ -120,10 +120,11 @@ class Search:
         if 0 <= seen.position < len(row) and (one := row[seen.position]).op in RECEIVES:
             return [process // ranks * ranks + self._program.shape.placement[one.peer]]
         others = [p for p in now if p != process]
+        ours = [p for p in others if p // ranks == process // ranks]
         if seen.position == BEGINNING:
-            return [p for p in others if now[p].step < seen.step and now[p].position != OUTSIDE]
+            return [p for p in ours if now[p].step < seen.step and now[p].position != OUTSIDE]
         if seen.position == SUMMING:
-            return [p for p in others if (now[p].step, now[p].position) != (seen.step, SUMMING)]
+            return [p for p in ours if (now[p].step, now[p].position) != (seen.step, SUMMING)]
         if seen.position == len(row):
             return [p for p in others if (now[p].step, now[p].position) < (seen.step, len(self._row(p)))]
         return []

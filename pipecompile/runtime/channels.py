@@ -8,6 +8,7 @@ A channel never waits behind another. Which sends have arrived is known from the
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipecompile.ir import RECEIVES, Program, Spec
 from pipecompile.ir.lifetimes import Arrivals, Channel, arrivals, most_on_the_way
 from pipecompile.runtime.links import GroupReceiver, GroupSender, Receiver, Sender, Specs
 from pipecompile.runtime.messages import Message, Plans, channels, message_of
+from pipecompile.runtime.replicas import World
 from pipecompile.runtime.shared_memory import SharedReceiver, SharedSender, host, meet
 from pipecompile.runtime.transport import Value
 
@@ -44,6 +46,7 @@ class Meeting:
     store: Any
     name: str
     timeout: timedelta
+    world: World
     share: bool = True
 
 
@@ -73,7 +76,7 @@ class Channels:
         found |= self._tells
         near = [c for c in found if hosts[c[0]] and hosts[c[0]] == hosts[c[1]]]
         self._share({c: found[c] for c in near}, slots, rank, hosts, meeting)
-        self._group({c: found[c] for c in found if c not in near}, rank, device, meeting.timeout)
+        self._group({c: found[c] for c in found if c not in near}, device, meeting)
         self._ends: tuple[Sender | Receiver, ...] = (*self._senders.values(), *self._receivers.values())
         self._receives = self._plan_receives(program, rank, plans, over)
         self._next = iter(self._receives)
@@ -90,16 +93,23 @@ class Channels:
         outgoing, incoming = [c for c in found if c[0] == rank], [c for c in found if c[1] == rank]
         if not outgoing and not incoming:
             return
-        spin = hosts.count(hosts[rank]) * torch.get_num_threads() <= len(os.sched_getaffinity(0))
+        spin = hosts.count(hosts[rank]) * meeting.world.replicas * torch.get_num_threads() <= len(
+            os.sched_getaffinity(0)
+        )
         connections = meet(outgoing, incoming, meeting.store, meeting.name, rank, meeting.timeout)
         for c in outgoing:
             self._senders[c] = SharedSender(connections[c], c[1], found[c], slots[c], meeting.timeout, spin)
         for c in incoming:
             self._receivers[c] = SharedReceiver(connections[c], c[0], found[c], slots[c], meeting.timeout, spin)
 
-    def _group(self, found: dict[Channel, list[Specs]], rank: int, device: torch.device, timeout: timedelta) -> None:
-        """Ends of groups, connected in the one order in which all ranks list them."""
-        groups = {channel: dist.new_group(list(channel[:2]), timeout=timeout) for channel in found}
+    def _group(self, found: dict[Channel, list[Specs]], device: torch.device, meeting: Meeting) -> None:
+        """Ends of groups, connected in the one order in which all ranks list them, those of all replicas made by all."""
+        world, rank, timeout = meeting.world, meeting.world.rank, meeting.timeout
+        groups = {}
+        for channel, replica in itertools.product(found, range(world.replicas)):
+            group = dist.new_group(world.processes_of(channel[:2], replica), timeout=timeout)
+            if replica == world.replica:
+                groups[channel] = group
         token = torch.zeros(1, device=device)
         for channel, messages in found.items():
             source, target, _ = channel

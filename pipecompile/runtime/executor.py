@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipecompile.runtime.places import at
 from pipecompile.runtime.split_backward import Known, input_half, weight_half
 from pipecompile.runtime.transport import Transport
 from pipecompile.runtime.whole_backward import Summed
-from pipecompile.runtime.wiring import Backward, Forward, Reduce, Result, Row, Transmit
+from pipecompile.runtime.wiring import Backward, Forward, Result, Row, Transmit
 
 Handler = Callable[[Any], None]
 Kept = tuple[list[Tensor], list[tuple[GradientEdge | None, tuple[int, ...]]], GradientEdge | None]
@@ -64,10 +64,13 @@ def timed(step: Step, ran: list[Ran]) -> Step:
 
 
 class Executor:
-    """One rank's row with its values. ``reduce`` sums gradients over ranks; ``mean``: the loss is a mean."""
+    """One rank's row with its values.
+
+    ``reduce`` has the handlers of sums; with ``mean`` the loss is divided by ``microbatches``, those of all replicas.
+    """
 
     def __init__(
-        self, row: Row, transport: Transport, reduce: Callable[[Reduce], None], microbatches: int, mean: bool
+        self, row: Row, transport: Transport, reduce: Mapping[str, Handler], microbatches: int, mean: bool
     ) -> None:
         self._handlers: dict[str, Handler] = {
             "FORWARD": self._forward,
@@ -78,7 +81,7 @@ class Executor:
             "SEND_B": self._send,
             "RECV_F": self._receive,
             "RECV_B": self._receive,
-            "REDUCE_GRAD": reduce,
+            **reduce,
             "UPDATE": no_update,
         }
         self.steps = self.wired(row)

@@ -20,7 +20,7 @@ from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.sizes import MOST, StepSizes, StepSizesOf, plans_at
 from pipecompile.runtime.transport import Mailboxes, Transport
 from pipecompile.runtime.versions import Versions
-from pipecompile.runtime.wiring import Reduce, wire
+from pipecompile.runtime.wiring import wire
 
 
 class LocalRuntime:
@@ -47,7 +47,11 @@ class LocalRuntime:
         self._mail = mail or Mailboxes()
         self._ranks = [
             Executor(
-                wire(program, rank, stages, found, loss, weight), self._mail, _nothing, self._microbatches, not weight
+                wire(program, rank, stages, found, loss, weight),
+                self._mail,
+                SUMMED_ALREADY,
+                self._microbatches,
+                not weight,
             )
             for rank in range(program.shape.ranks)
         ]
@@ -147,5 +151,8 @@ class LocalRuntime:
         return value / weight
 
 
-def _nothing(op: Reduce) -> None:
+def _nothing(op: object) -> None:
     """All ranks hold the same tensors here, so their gradients are summed already."""
+
+
+SUMMED_ALREADY = {"REDUCE_GRAD": _nothing}

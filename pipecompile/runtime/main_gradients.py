@@ -45,7 +45,12 @@ def gradient(parameter: Tensor) -> Tensor | None:
 
 def no_gradient(parameter: Tensor) -> Tensor:
     """Zeros where the step sums the gradients of ``parameter``."""
-    return torch.zeros_like(parameter, dtype=getattr(parameter, "main_grad_dtype", parameter.dtype))
+    return torch.zeros_like(parameter, dtype=gradient_dtype(parameter))
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    found: torch.dtype = getattr(parameter, "main_grad_dtype", parameter.dtype)
+    return found
 
 
 def set_gradient(parameter: Tensor, value: Tensor | None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipecompile.errors import RuntimeFault
+from pipecompile.errors import ProgramError, RuntimeFault
 from pipecompile.ir import Program, Spec, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
@@ -24,6 +24,7 @@ from pipecompile.runtime.main_gradients import no_gradient
 from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, STEP, SUMMING
 from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.replicas import ReplicaSums, World, groups_of, start_equal, world_of
 from pipecompile.runtime.sentry import Sentry
 from pipecompile.runtime.sigterm import outlive_sigterm
 from pipecompile.runtime.sizes import MOST, StepSizes, StepSizesOf, plans_at
@@ -35,11 +36,12 @@ _made = itertools.count()
 
 
 class RankRuntime:
-    """``step`` runs this rank's part of a training step; every rank gets the whole batch and the loss.
+    """``step`` runs this rank's part of a training step; every rank gets its replica's whole batch and the loss.
 
     ``stages`` are the rank's own, ``plans`` all. The default process group must be there (``connect`` makes it), with
-    one process for each rank. A wait longer than ``timeout_s`` seconds is a RuntimeFault; so is any failure of another
-    rank, and its message is the first one's. Ranks of one host pass messages between CPUs through shared memory, unless
+    one process for each rank, or a multiple of them: replicas of the program, each with a batch of its own, whose
+    gradients and losses are summed and divided by all microbatches, or all weight. A wait longer than ``timeout_s``
+    seconds is a RuntimeFault; so is any failure of another rank, and its message is the first one's. Ranks of one host pass messages between CPUs through shared memory, unless
     ``shared_memory`` is False. ``inputs`` are the batch's tensors as they were compiled: with them, sizes that the model
     leaves open may change from step to step.
     """
@@ -60,11 +62,7 @@ class RankRuntime:
     ) -> None:
         found = by_index(plans, program)
         ranks = program.shape.ranks
-        if dist.get_world_size() != ranks:
-            raise RuntimeFault(
-                f"the program has {ranks} ranks, but {dist.get_world_size()} processes run; "
-                f"start it with torchrun --nproc-per-node {ranks}"
-            )
+        self._world = world = world_of(ranks)
         first = next((p for stage in stages.values() for p in stage.parameters()), torch.empty(0))
         self._device = torch.device(device) if device is not None else first.device
         self._timeout = timedelta(seconds=timeout_s)
@@ -73,15 +71,14 @@ class RankRuntime:
         row = wire(program, rank, stages, found, loss, weight)
         store = dist.distributed_c10d._get_default_store()
         name = f"pipecompile/runtime/{next(_made)}"
-        check_in(store, rank, ranks, name, timeout_s)
+        check_in(store, world.process, world.processes, name, timeout_s)
         outlive_sigterm()
-        self._sentry = Sentry(store, name, program, rank, ranks, timeout_s)
+        self._sentry = Sentry(store, name, program, world.process, world.processes, timeout_s)
         self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
-        meeting = Meeting(store, name, self._timeout, shared_memory)
+        meeting = Meeting(store, f"{name}/{world.replica}", self._timeout, world, shared_memory)
         self._channels = Channels(program, rank, found, self._device, meeting, self._totals)
-        self._reducing = _reduce_groups(program, rank, self._timeout)
-        self._everyone = dist.new_group(list(range(ranks)), timeout=self._timeout)
-        self._executor = Executor(row, self._channels, self._reduce, self._microbatches, not weight)
+        self._reducing = _reduce_groups(program, world, self._timeout)
+        self._everyone, self._replicas = groups_of(world, self._device, self._timeout)
         self._sizes_of = StepSizesOf(inputs)
 
         def wired(sizes: StepSizes) -> tuple[list[Step], Contents]:
@@ -93,13 +90,23 @@ class RankRuntime:
         self._wired = lru_cache(MOST)(wired)
         self._sizes: StepSizes = (self._sizes_of.compiled,) * self._microbatches
         self._shared = shared_parameters(stages, found)
+        elsewhere = {name for one in program.rows[rank] if one.op == "REDUCE_GRAD" for name in one.values}
+        tied = [p for name, copies in self._shared.items() if name in elsewhere for p in copies]
+        self._sums_over_replicas = ReplicaSums(self._replicas, stages, program.rows[rank], tied, self._timeout)
+        reduce: dict[str, Callable[[Any], None]] = {
+            "REDUCE_GRAD": self._reduce,
+            "REDUCE_REPLICAS": self._sums_over_replicas.start,
+        }
+        self._executor = Executor(row, self._channels, reduce, self._microbatches * world.replicas, not weight)
         everything = [list(stage.parameters()) for stage in stages.values()]
         self._versions = Versions(program, stages, found, self._sum_now) if updates(program.rows) else None
         if self._versions is not None:
             self._executor.steps = self._versions.steps(self._executor)
-        apart = everything if weight or self._versions is not None else self._shared.values()
-        self._apart = Apart(p for several in apart for p in several)
+        several = everything if weight or self._versions is not None or world.replicas > 1 else self._shared.values()
+        self._apart = Apart(p for parameters in several for p in parameters)
         self._sums: list[tuple[Any, list[Tensor], Tensor]] = []
+        if world.replicas > 1 and _trains(program):
+            start_equal(self._replicas, stages, self._timeout)
 
     def before_forward(self, hook: Callable[[int], None]) -> None:
         """Call ``hook(microbatch)`` before each forward of a stage."""
@@ -158,6 +165,7 @@ class RankRuntime:
             wait_for(work, self._timeout, "the ranks that share a parameter")
             share(copies, gradient)
         self._sums = []
+        self._sums_over_replicas.finish()
         loss, weight = self._executor.losses, self._executor.weights
         values = [self._tell(index, mine) for index, (mine, _) in enumerate(zip((loss, weight), self._totals))]
         self._channels.end()
@@ -166,14 +174,16 @@ class RankRuntime:
         return values[0] / values[1] if len(values) > 1 else values[0]
 
     def _tell(self, index: int, mine: Tensor | None) -> Tensor:
-        """The loss (0) or the weight (1) of the rank that has made it, on every rank."""
-        told = self._channels.tell(index, mine)
-        if told is not None:
-            return told
+        """The loss (0) or the weight (1) of the rank that has made it, summed over the replicas, on every rank."""
         rank, spec = self._totals[index]
-        value = torch.empty((), dtype=getattr(torch, spec.dtype), device=self._device) if mine is None else mine
-        work = dist.broadcast(value, src=rank, group=self._everyone, async_op=True)
-        wait_for(work, self._timeout, f"rank {rank}, which makes the loss, or another rank")
+        value = self._channels.tell(index, mine)
+        if value is None:
+            value = torch.empty((), dtype=getattr(torch, spec.dtype), device=self._device) if mine is None else mine
+            work = dist.broadcast(value, src=self._world.process_of(rank), group=self._everyone, async_op=True)
+            wait_for(work, self._timeout, f"rank {rank}, which makes the loss, or another rank")
+        if self._replicas is not None:
+            value = value.clone()
+            wait_for(dist.all_reduce(value, group=self._replicas, async_op=True), self._timeout, "the other replicas")
         return value
 
     def _reduce(self, op: Reduce) -> None:
@@ -194,22 +204,34 @@ class RankRuntime:
     def _fail(self, error: Exception) -> RuntimeFault:
         """Make the first cause known, or hear of it, and let go of everyone who waits for this rank."""
         mine = f"{self._sentry.place()}: {told(error)}"
-        self._failed = self._sentry.first(mine, error)
+        self._failed, ours = self._sentry.first(mine, error)
         self._sums = []
+        self._sums_over_replicas.abandon()
         self._apart.abandon()
         self._channels.close()
-        for group in (*self._reducing.values(), self._everyone):
-            dist.destroy_process_group(group)
-        self._reducing, self._everyone = {}, None
+        for group in (*self._reducing.values(), self._everyone, self._replicas):
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._reducing, self._everyone, self._replicas = {}, None, None
         failure = RuntimeFault(self._failed)
-        if self._failed != mine:
+        if not ours:
             failure.add_note(f"that ended {self._sentry.who} too: {mine}")
         self._sentry.words[PLACE] = OUTSIDE
         return failure
 
 
-def _reduce_groups(program: Program, rank: int, timeout: timedelta) -> dict[tuple[int, ...], Any]:
-    """A group for each set of ranks that sums a gradient, made in one order on all ranks; this rank's own are given."""
+def _trains(program: Program) -> bool:
+    """Whether the program makes gradients; ProgramError if replicas would not sum them."""
+    ops = {one.op for row in program.rows for one in row}
+    if not ops & {"BACKWARD", "BACKWARD_WEIGHT"}:
+        return False
+    if "REDUCE_REPLICAS" not in ops:
+        raise ProgramError("the program sums no gradients over replicas; make it with passes.replicas.for_replicas")
+    return True
+
+
+def _reduce_groups(program: Program, world: World, timeout: timedelta) -> dict[tuple[int, ...], Any]:
+    """A group for each set of ranks that sums a gradient, over all replicas, made in one order; this rank's are given."""
     placement = program.shape.placement
     sets = {
         tuple(sorted({placement[one.stage], *(placement[peer] for peer in one.peers)}))
@@ -217,8 +239,8 @@ def _reduce_groups(program: Program, rank: int, timeout: timedelta) -> dict[tupl
         for one in row
         if one.op in ("REDUCE_GRAD", "UPDATE") and one.peers
     }
-    groups = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in sorted(sets)}
-    return {ranks: group for ranks, group in groups.items() if rank in ranks}
+    groups = {ranks: dist.new_group(world.processes_of(ranks), timeout=timeout) for ranks in sorted(sets)}
+    return {ranks: group for ranks, group in groups.items() if world.rank in ranks}
 
 
 def _maker(program: Program, plans: Plans, name: str) -> tuple[int, Spec]:

@@ -41,28 +41,35 @@ class Sentry:
         """Where this process is."""
         return place(self._program, self._process, self._processes, self.words[PLACE])
 
-    def first(self, mine: str, error: Exception) -> str:
-        """Why the program failed first, told to all: ``mine`` is what this process has to say, ``error`` what it met."""
+    def first(self, mine: str, error: Exception) -> tuple[str, bool]:
+        """Why the program failed first, told to all, and whether this process tells it.
+
+        ``mine`` is what this process has to say, ``error`` what it met.
+        """
         if not isinstance(error, PeerFault):
-            return self._faults.record(mine)
+            return self._tell(mine)
         if within(STORE_SECONDS, self._store.num_keys) is None and not kept_by_torchrun() and self._process:
             return self._without_store()
         cause = self._search.find(self.words[STEP], self.words[PLACE], error.late, self._timeout_s)
         if cause is None:
-            return self._faults.record(mine)
+            return self._tell(mine)
         if cause.silent:
             within(STORE_SECONDS, lambda: self._store.set(f"{self._name}/silent", str(cause.process)))
         message = f"{cause.message} (noticed by {self.place()})"
-        told = self._faults.record(message)
-        if told == message:
+        told, ours = self._tell(message)
+        if ours:
             self._end(cause)
-        return told
+        return told, ours
 
-    def _without_store(self) -> str:
+    def _tell(self, message: str) -> tuple[str, bool]:
+        first = self._faults.record(message)
+        return first, first == message
+
+    def _without_store(self) -> tuple[str, bool]:
         """The cause where process 0 keeps the store and gives no answer: nobody can be asked or told."""
         cause = self._search.keeper()
         self._end(cause)
-        return cause.message
+        return cause.message, True
 
     def _end(self, cause: Cause) -> None:
         """End a process of this host that answers nothing."""

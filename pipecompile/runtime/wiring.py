@@ -88,7 +88,8 @@ class Update:
     ranks: tuple[int, ...]
 
 
-Operand = Forward | Backward | Transmit | Reduce | Update
+Operand = Forward | Backward | Transmit | Reduce | Update | int
+"""The last is the stage of a sum over replicas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,8 @@ class _Wiring:
             return self._backward(one)
         if one.op in (*SENDS, *RECEIVES):
             return self._transmit(one)
+        if one.op == "REDUCE_REPLICAS":
+            return one.stage
         ranks = tuple(sorted({self.rank, *(self.placement[peer] for peer in one.peers)}))
         if one.op == "UPDATE":
             return Update(one.stage, one.version, one.values, ranks)

@@ -13,7 +13,9 @@ import torch
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.runtime.processes", "tests.runtime.handmade"])
+CONTEXT.set_forkserver_preload(
+    ["tests.runtime.processes", "tests.runtime.handmade", "pipecompile", "transformers.models.gpt2.modeling_gpt2"]
+)
 
 
 def run(

@@ -1,0 +1,76 @@
+"""Replicas of whole models, at two ranks times two replicas: GPT-2 with dropout, and a CNN with BatchNorm."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runtime.processes import run
+
+MICROBATCHES = 2
+BAR = 1e-5
+
+
+def check(process: int, name: str) -> dict[str, Any]:
+    """This process's largest relative errors over two clipped optimizer steps beside the unsplit model's."""
+    import pipecompile
+    from pipecompile.compare import differences, gradients, worst
+    from pipecompile.runtime import connect
+    from tests.models import MODELS
+
+    connect(timeout_s=60)
+    model, batch, loss = MODELS[name]()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    model.train()
+    unsplit = copy.deepcopy(model)
+    pipe = pipecompile.compile(
+        model, batch, stages=2, microbatches=MICROBATCHES, loss=loss, costs="estimate", check=False
+    )
+    batches = [batch, {key: value.roll(1, -1) for key, value in batch.items()}]
+    first = {id(p): key for key, p in reversed(list(model.named_parameters()))}
+    mine = {first[id(p)] for p in pipe.parameters()}
+    steps = [torch.optim.SGD(parameters, lr=0.1) for parameters in (pipe.parameters(), unsplit.parameters())]
+    losses, norms, errors = [], [], []
+    for _ in range(2):
+        for optimizer in steps:
+            optimizer.zero_grad()
+        value = pipe.step(batches[pipe.replica])
+        expected = pipe.reference(unsplit, batches[0], others=batches[1:])
+        losses.append((float(value), float(expected)))
+        norm = pipe.clip_grad_norm_(0.5)
+        norms.append((float(norm), float(torch.nn.utils.clip_grad_norm_(unsplit.parameters(), 0.5))))
+        wanted = gradients(unsplit)
+        got = {key: value for key, value in gradients(model).items() if key in mine}
+        errors.append(worst(list(differences(got, {key: wanted[key] for key in got}, ""))).error)
+        for optimizer in steps:
+            optimizer.step()
+    model.eval()
+    return {
+        "where": (pipe.replica, pipe.rank),
+        "sums": str(pipe.program).count("REDUCE_REPLICAS"),
+        "losses": losses,
+        "norms": norms,
+        "error": max(errors),
+        "evaluated": float(pipe.evaluate(batches[pipe.replica])),
+        "trained": [p.sum().item() for p in pipe.parameters()],
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cnn"])
+def test_two_replicas_train_as_one_process(name: str) -> None:
+    answers = run(check, 4, name)
+    for process, answer in enumerate(answers):
+        assert isinstance(answer, dict), answer
+        assert answer["where"] == divmod(process, 2)
+        assert answer["sums"] == 2
+        assert answer["error"] <= BAR
+        for got, expected in (*answer["losses"], *answer["norms"]):
+            assert got == pytest.approx(expected, rel=1e-5)
+        assert answer["evaluated"] == answers[0]["evaluated"]
+    for rank in (0, 1):
+        assert answers[rank]["trained"] == answers[2 + rank]["trained"], "replicas stay equal to the last bit"
