@@ -28,9 +28,9 @@ zoo: setup
 faults: setup
 	$(BIN)/python -m tests.runtime.faults
 
-# Every schedule on GPT-2, T5 and UNet2D in two real processes.
+# Every schedule on GPT-2, T5 and UNet2D in two real processes; two replicas of two ranks.
 processes: setup
-	PIPECOMPILE_ALL_PROCESSES=1 $(BIN)/python -m pytest tests/test_schedules_processes.py
+	PIPECOMPILE_ALL_PROCESSES=1 $(BIN)/python -m pytest tests/test_schedules_processes.py tests/test_replicas.py
 
 # Random changes of programs of every schedule: what a reference interpreter finds wrong, verify refuses by name.
 mutants: setup

@@ -26,11 +26,6 @@ def for_replicas(program: Program, replicas: int) -> Program:
             f"{program.schedule} updates weights inside a step and is not run in replicas; use one replica, or a schedule "
             "that flushes, such as 1f1b"
         )
-    if replicas > 1 and updates(program.rows):
-        raise ScheduleError(
-            f"{program.schedule} updates weights while it runs, which replicas would have to sum each time; run one "
-            "replica, or compile with a schedule that flushes, such as 1f1b"
-        )
     return program if replicas == 1 else replace(program, rows=tuple(map(_with_sums, program.rows)))
 
 

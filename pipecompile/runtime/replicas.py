@@ -92,7 +92,7 @@ class ReplicaSums:
         taken = {id(p) for p in elsewhere}
         self._parameters: dict[int, list[Tensor]] = {}
         for stage in reversed([one.stage for one in row if one.op == "REDUCE_REPLICAS"]):
-            mine = [p for p in stages[stage].parameters() if p.requires_grad and id(p) not in taken]
+            mine: list[Tensor] = [p for p in stages[stage].parameters() if p.requires_grad and id(p) not in taken]
             self._parameters[stage] = mine
             taken |= {id(p) for p in mine}
         self._started: list[tuple[Any, list[Tensor], Tensor]] = []
