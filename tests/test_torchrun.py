@@ -77,7 +77,20 @@ def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 def test_two_replicas_by_the_command_line(build: Path, tmp_path: Path) -> None:
     """Each step takes the next two batches; what is saved is what one process trains."""
-    command = ("pipecompile", "run", build, "--replicas", 2, "--steps", 3, "--json", "--save", tmp_path)
+    command = (
+        "pipecompile",
+        "run",
+        build,
+        "--replicas",
+        2,
+        "--steps",
+        3,
+        "--json",
+        "--save",
+        tmp_path,
+        "--trace",
+        tmp_path / "trace.json",
+    )
     found: dict[str, Any] = json.loads(ended(start(*command))[0])
     assert (found["ranks"], found["replicas"]) == (2, 2)
     pipe, model, file = open_build(build, local=True)

@@ -19,7 +19,7 @@ from pipecompile.trace import Ran, run_trace
 
 def traced_step(pipe: Pipe, batch: Any, optimizer: torch.optim.Optimizer | None, path: str) -> Tensor:
     """A step's loss. All ranks take it at once; each counts its time from when they have met, rank 0 writes the file."""
-    if pipe.ranks > 1:
+    if pipe.ranks * pipe.replicas > 1:
         dist.barrier()
     began = time.perf_counter()
     ran: list[Any] = []
@@ -28,13 +28,13 @@ def traced_step(pipe: Pipe, batch: Any, optimizer: torch.optim.Optimizer | None,
     for one, start, end in ran:
         mine[pipe.program.shape.placement[one.stage]].append((one, (start - began) * 1e3, (end - began) * 1e3))
     rows = mine
-    if pipe.ranks > 1:
-        everyone: list[Any] = [None] * pipe.ranks
+    if pipe.ranks * pipe.replicas > 1:
+        everyone: list[Any] = [None] * (pipe.ranks * pipe.replicas)
         dist.all_gather_object(everyone, mine[pipe.rank])
-        rows = everyone
-    if pipe.rank == 0:
+        rows = everyone[: pipe.ranks]
+    if pipe.rank == pipe.replica == 0:
         link = Link(pipe.plan.link[0], pipe.plan.link[1]) if pipe.plan.link else None
-        planned = simulate(pipe.program, pipe.plan.partition, link)
+        planned = simulate(pipe.program, pipe.plan.partition, link, replicas=pipe.replicas)
         try:
             Path(path).write_text(json.dumps(run_trace(pipe.program, planned, rows)))
         except OSError as error:
