@@ -72,8 +72,7 @@ def describe(found: Schedule) -> str:
             continue
         condition = holds(found, name)
         where = "" if condition == sympy.true else f"    where {condition}"
-        bound = "<=" if found.forms and not found.forms.exact and name in ("idle", "bubble") else "="
-        lines.append(f"{name:<11} {bound:<2} {form}{where}")
+        lines.append(f"{name:<11} =  {form}{where}")
     return "\n".join(lines)
 
 

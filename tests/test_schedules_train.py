@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import pipecompile
+from pipecompile.ir import Instruction
+from pipecompile.passes.schedules import find_schedule, vee
+from pipecompile.passes.symbols import SYMBOLS, closed_forms
+from pipecompile.runtime.executor import Executor, Step
+from pipecompile.runtime.microbatches import split
+from pipecompile.runtime.wiring import Forward
 from tests.asynchronous import Version
 from tests.oracle import Outcome, assert_same
 from tests.scheduled import (
@@ -18,6 +29,7 @@ from tests.scheduled import (
     check_updates,
     little_effort,
     per_rank,
+    under,
     unsplit,
 )
 
@@ -93,3 +105,50 @@ def test_a_schedule_of_ones_own_trains(tmp_path: Path) -> None:
     path.write_text(OWN)
     pipe = train("gpt2", f"{path}:mine", stages=2, ranks=2)
     assert "BACKWARD_WEIGHT" in {one.op for row in pipe.program.rows for one in row}
+
+
+def kept_at_most(pipe: pipecompile.Pipe, batch: Any) -> dict[int, int]:
+    """By rank: the most microbatches, of all its stages, whose graph or rest of a graph the executor held in a step."""
+    runtime = pipe._runtime(trains=True)
+    held = dict.fromkeys(range(pipe.program.shape.ranks), 0)
+    slots = {rank: kept_slots(executor) for rank, executor in enumerate(runtime._ranks)}
+
+    @contextmanager
+    def look(step: Step) -> Iterator[None]:
+        yield
+        executor = runtime._ranks[step.rank]
+        held[step.rank] = max(held[step.rank], sum(executor._slots[slot] is not None for slot in slots[step.rank]))
+
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.0) if pipe.updates else None
+    runtime.run(split(batch, pipe.program.shape.microbatches), look, optimizer)
+    return held
+
+
+def kept_slots(executor: Executor) -> set[int]:
+    return {step.operand.kept for step in executor.steps if isinstance(step.operand, Forward)}
+
+
+@pytest.mark.parametrize("schedule", [*FLUSHING, *UPDATING])
+def test_the_runtime_keeps_as_many_graphs_as_the_closed_form(schedule: str) -> None:
+    """Activations in flight, counted in a running executor after each instruction."""
+    each = per_rank(schedule)
+    ranks, microbatches = (2, 8) if each == 2 else (4, 8)
+    pipe, (_, batch, _) = under(schedule, "gpt2", ranks, microbatches)
+    held = kept_at_most(pipe, batch)
+    found = find_schedule(schedule)
+    if found.forms is None:  # auto: its order depends on costs, so the rows are what counts
+        assert held == {rank: in_flight(row) for rank, row in enumerate(pipe.program.rows)}
+        return
+    given = {"p": ranks, "v": each, "m": microbatches, "F": 1, "I": 1, "W": 1}
+    form = closed_forms(found)["activations"].subs({SYMBOLS[name]: value for name, value in given.items()})
+    expected = {rank: form.subs(SYMBOLS["r"], rank) for rank in held}
+    if found.placement is vee:  # the form is that of the rank that holds most
+        assert max(held.values()) == max(expected.values())
+    else:
+        assert held == expected
+
+
+def in_flight(row: Iterable[Instruction]) -> int:
+    last = {(one.stage, one.microbatch): one.op for one in row if one.op.startswith("BACKWARD")}
+    ends = [1 if one.op == "FORWARD" else -1 if last.get((one.stage, one.microbatch)) == one.op else 0 for one in row]
+    return max(accumulate(ends))

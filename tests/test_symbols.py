@@ -71,12 +71,9 @@ def test_forms_are_what_the_simulation_gives(name):
                     checked[quantity] += 1
                     formula = float(forms[quantity].subs(values))
                     counted = result[f"{quantity} {rank}" if quantity in ("activations", "versions") else quantity]
-                    if found.forms.exact or quantity not in ("idle", "bubble"):
-                        if quantity == "activations" and name in ("v-half", "v-min", "zb-v"):
-                            counted = max(result[f"activations {r}"] for r in range(p))
-                        assert counted == pytest.approx(formula), (p, v, m, times, rank, quantity)
-                    else:
-                        assert counted <= formula + 1e-9, (p, v, m, times, rank, quantity)
+                    if quantity == "activations" and name in ("v-half", "v-min", "zb-v"):
+                        counted = max(result[f"activations {r}"] for r in range(p))
+                    assert counted == pytest.approx(formula), (p, v, m, times, rank, quantity)
     assert min(checked.values()) > 0
 
 

@@ -47,15 +47,13 @@ class Forms:
 
     ``idle``: ms without work between a rank's first and last computation, on the rank that has most. ``activations``:
     the most in flight on rank r, each of one stage and microbatch. ``versions``: the most versions of the weights that
-    rank r holds. ``idle_holds`` and ``activations_hold`` say where
-    they are true; ``exact`` False: they are bounds from above there.
+    rank r holds. ``idle_holds`` and ``activations_hold`` say where they are true.
     """
 
     idle: str
     activations: str
     idle_holds: str = "True"
     activations_hold: str = "True"
-    exact: bool = True
     versions: str = "1"
 
 

@@ -7,8 +7,10 @@ Four ranks, eight stages (rank 0 holds 0 and 7; small letters: stages 4 to 7), f
     rank 2  .. .. F0 F1 .. f0 .. .. F2 f1 i0 w0 F3 f2 i1 I0 w1 f3 i2 I1 W0 w2 i3 I2 W1 I3 w3 W2 W3
     rank 3  .. .. .. F0 f0 F1 f1 .. .. F2 f2 i0 w0 F3 I0 W0 f3 i1 I1 i2 I2 w1 W1 i3 I3 w2 W2 w3 W3
 
-p ranks: at F = I = W about half the idle time of 1F1B, (p+2)/2 activations of a whole rank's share in flight. The
-fastest building block (blocks.py) that fits these activations under the given costs.
+p ranks: (p+2)/2 activations of a whole rank's share in flight. The paper gives the idle time at F = I = W as about half
+that of 1F1B, without a closed form. The fastest building block (blocks.py) that fits these activations gives, from p
+microbatches on, (3p-5)F/2 for p >= 6 and less for fewer ranks, where 1F1B has (6p-6)F/2. Under other costs, and with
+fewer microbatches, the search decides.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from pipecompile.ir import Shape
 from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.blocks import best_vee
 
-FORMS = Forms("(p-1)*(F+I+W)/2", "Min(2*m, p+2)", "(m >= p) & Eq(F, I) & Eq(I, W)", exact=False)
+IDLE = "(F+I+W)/6*Piecewise((2*p-3, p <= 4), (9, p <= 5), (3*p-5, True))"
+FORMS = Forms(IDLE, "Min(2*m, p+2)", "(m >= p) & Eq(F, I) & Eq(I, W)")
 
 
 @schedule("v-half", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
