@@ -42,6 +42,8 @@ def read_csv(path: str | Path) -> Timetable:
         row: list[Instruction] = []
         for number, cell in enumerate(cells, start=1):
             row += _cell(cell.strip(), f"{path}, line {line}, cell {number}")
+        if not row:
+            raise ScheduleError(f"{path}, line {line} has no computation; give one line for each rank, and no other")
         rows.append(tuple(row))
     return Timetable(Path(path).stem, _shape(rows, str(path)), tuple(rows))
 

@@ -44,6 +44,17 @@ def standing_bytes(
     return tuple(sizes)
 
 
+def most_in_flight(row: Sequence[Instruction]) -> int:
+    """The most activations, each of one stage and microbatch, that a rank holds at once."""
+    split = {(one.stage, one.microbatch) for one in row if one.op == "BACKWARD_WEIGHT"}
+    held = most = 0
+    for one in row:
+        held += one.op == "FORWARD"
+        most = max(most, held)
+        held -= one.op == ("BACKWARD_WEIGHT" if (one.stage, one.microbatch) in split else "BACKWARD")
+    return most
+
+
 def in_flight(rows: Sequence[Sequence[Instruction]], stages: int) -> tuple[int, ...]:
     """For each stage the most microbatches whose activations are held at once."""
     ends = {(one.stage, one.microbatch) for row in rows for one in row if one.op == "BACKWARD_WEIGHT"}

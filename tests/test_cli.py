@@ -159,3 +159,30 @@ def test_schedule_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("0F0 0SEND_F0>1")
     assert main([*words, "--json"]) == 0
     assert one_object(capsys.readouterr().out)["schedule"] == "1f1b"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("foo --stages 4", "unknown schedule 'foo'; choose one of 1f1b, auto, "),
+        ("1f1b", "--stages is missing; say how many stages the model has, for example --stages 4"),
+        ("1f1b --stages 0", "stages is 0, expected at least 1"),
+        (
+            "1f1b --stages 8 --ranks 3",
+            "8 stages do not divide over 3 ranks; use a multiple of 3, for example --stages 9",
+        ),
+        ("gpipe --stages 4 --ranks 2", "use --stages 2 --ranks 2, or use --schedule looped-bfs"),
+        ("dualpipe-v --stages 8 --microbatches 2", "not 2 for 8 stages; use --microbatches 8"),
+        (
+            "1f1b --stages 4 --activations 3",
+            "1f1b holds 4 activations on rank 0, more than --activations 3; use --activations 4, or --schedule auto",
+        ),
+        (
+            "auto --stages 8 --ranks 4 --activations 1",
+            "--activations 1 leaves no room for one microbatch on a rank of 2 stages; use --activations 2",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", *words.split()]) == 1
+    assert message in capsys.readouterr().err

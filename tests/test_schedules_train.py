@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import pipecompile
-from pipecompile.ir import Instruction
+from pipecompile.memory import most_in_flight
 from pipecompile.passes.schedules import find_schedule, vee
 from pipecompile.passes.symbols import SYMBOLS, closed_forms
 from pipecompile.runtime.executor import Executor, Step
@@ -137,7 +136,7 @@ def test_the_runtime_keeps_as_many_graphs_as_the_closed_form(schedule: str) -> N
     held = kept_at_most(pipe, batch)
     found = find_schedule(schedule)
     if found.forms is None:  # auto: its order depends on costs, so the rows are what counts
-        assert held == {rank: in_flight(row) for rank, row in enumerate(pipe.program.rows)}
+        assert held == {rank: most_in_flight(row) for rank, row in enumerate(pipe.program.rows)}
         return
     given = {"p": ranks, "v": each, "m": microbatches, "F": 1, "I": 1, "W": 1}
     form = closed_forms(found)["activations"].subs({SYMBOLS[name]: value for name, value in given.items()})
@@ -146,9 +145,3 @@ def test_the_runtime_keeps_as_many_graphs_as_the_closed_form(schedule: str) -> N
         assert max(held.values()) == max(expected.values())
     else:
         assert held == expected
-
-
-def in_flight(row: Iterable[Instruction]) -> int:
-    last = {(one.stage, one.microbatch): one.op for one in row if one.op.startswith("BACKWARD")}
-    ends = [1 if one.op == "FORWARD" else -1 if last.get((one.stage, one.microbatch)) == one.op else 0 for one in row]
-    return max(accumulate(ends))

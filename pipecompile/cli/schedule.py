@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import Partition, Program, Shape, StageCost, Timetable
-from pipecompile.memory import memory_over_time
+from pipecompile.memory import memory_over_time, most_in_flight
 from pipecompile.passes.communicate import chain, communicate
 from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import Schedule, find_schedule, make_timetable, schedule_names
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--costs", metavar="F,I,W", help="ms of a stage's forward, input and weight half (default 1,1,1)"
     )
     parser.add_argument("--latency", type=float, default=0.0, metavar="MS", help="what a message takes (default 0)")
-    parser.add_argument("--activations", type=int, help="room for so many activations of one stage on each rank (auto)")
+    parser.add_argument("--activations", type=int, help="room for so many activations of one stage on each rank")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--compute", action="store_true", help="print computations only, no messages")
     output.add_argument("--json", action="store_true", help="print the program as JSON, as program.json holds it")
@@ -78,7 +78,7 @@ def _schedule(options: argparse.Namespace) -> Schedule:
 
 
 def _stages(options: argparse.Namespace) -> int:
-    if not options.stages:
+    if options.stages is None:
         raise ScheduleError("--stages is missing; say how many stages the model has, for example --stages 4")
     return int(options.stages)
 
@@ -92,8 +92,28 @@ def _timetable(options: argparse.Namespace) -> tuple[Timetable, Partition]:
     ranks = options.ranks or max(1, stages // (found.per_rank or 1))
     shape = Shape(stages, ranks, 2 * stages if options.microbatches is None else options.microbatches)
     partition = chain(stages, _costs(options, stages))
-    limits = [options.activations * ACTIVATION + ACTIVATION // 2] * ranks if options.activations else []
-    return make_timetable(found.name, shape, partition=partition, link=Link(options.latency), limits=limits), partition
+    if options.activations is None:
+        return make_timetable(found.name, shape, partition=partition, link=Link(options.latency)), partition
+    each = stages // ranks
+    if options.activations < each:
+        raise ScheduleError(
+            f"--activations {options.activations} leaves no room for one microbatch on a rank of {each} "
+            f"stage{'s'[: each - 1]}; use --activations {each}"
+        )
+    limits = [options.activations * ACTIVATION + ACTIVATION // 2] * ranks
+    timetable = make_timetable(found.name, shape, partition=partition, link=Link(options.latency), limits=limits)
+    _check_room(timetable, options.activations)
+    return timetable, partition
+
+
+def _check_room(timetable: Timetable, activations: int) -> None:
+    for rank, row in enumerate(timetable.rows):
+        needed = most_in_flight(row)
+        if needed > activations:
+            raise ScheduleError(
+                f"{timetable.schedule} holds {needed} activations on rank {rank}, more than --activations {activations}; "
+                f"use --activations {needed}, or --schedule auto"
+            )
 
 
 ACTIVATION = 1_000_000

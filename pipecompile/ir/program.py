@@ -26,7 +26,7 @@ class Shape:
             if getattr(self, what) < 1:
                 raise ScheduleError(f"{what} is {getattr(self, what)}, expected at least 1")
         if self.stages % self.ranks:
-            near = max(self.ranks, self.stages // self.ranks * self.ranks)
+            near = max(1, (2 * self.stages + self.ranks) // (2 * self.ranks)) * self.ranks
             raise ScheduleError(
                 f"{self.stages} stages do not divide over {self.ranks} ranks; "
                 f"use a multiple of {self.ranks}, for example --stages {near}"
