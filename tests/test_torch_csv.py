@@ -107,7 +107,7 @@ def test_what_torch_writes_we_read(tmp_path):
         ("0F0,(0F1;hm)OVERLAP_F_B\n", r"line 1, cell 2: '\(0F1;hm\)OVERLAP_F_B' is not a computation"),
         ("0F0,0B0\n0F1,0B1\n", r"bad\.csv, line 2: stage 0 is on line 1 too"),
         ("0F0,0B0\n2F0,2B0\n", "has stage 2 but no stage 1; number stages from 0"),
-        ("\n", "has no computation; expected one line a rank"),
+        ("", "has no computation; expected one line a rank"),
         ("0F0,0B0\n\n", r"bad\.csv, line 2 has no computation; give one line for each rank, and no other"),
     ],
 )
