@@ -117,11 +117,13 @@ def state(node: Node, value: Value, given: Given, count: int) -> State:
 
 
 def _state(node: Node, value: Value, shape: tuple[int, ...], given: Given, count: int) -> State:
+    name = node.target.split(".")[1] if node.target.count(".") > 1 else node.target
+    if name.endswith("_as"):
+        given = {"self": given["self"]}  # of the other only type or shape
     tensors = list(operands(given))
     kinds = {one.state.kind for one in tensors}
     if "coupled" in kinds:
         return COUPLED
-    name = node.target.split(".")[1] if node.target.count(".") > 1 else node.target
     if not kinds & {"samples", "total"} or name.startswith("new_") or name.endswith("_like"):
         return FREE  # also what takes no more than a shape from samples
     if "samples" not in kinds:

@@ -157,6 +157,7 @@ SEPARATE: dict[str, Loss] = {
     "distillation": lambda m, b: F.kl_div(m(b["x"]).log_softmax(-1), m(b["y"]).softmax(-1), reduction="batchmean"),
     "norm of weights": lambda m, b: m(b["x"]).square().mean() + m.net[0].weight.norm(),
     "focal": focal,
+    "positions of the samples' type": lambda m, b: (m(b["x"]) + torch.arange(6).type_as(b["x"])).square().mean(),
     "filled": filled,
 }
 

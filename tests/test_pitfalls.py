@@ -267,6 +267,15 @@ class MaskWhenExporting(Net):
         return self.attention[index](rows, mask=mask)[:, 0]
 
 
+class FailsWhenExported(Net):
+    """As in transformers: a mask is only made in eager mode, and needed in both."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None and not torch.compiler.is_compiling():
+            mask = torch.ones(x.shape)
+        return super().forward(x * mask[:, :1])
+
+
 class ReadsOnlyTheType(Net):
     """A table that is given activations, but takes no more than their dtype from them."""
 
@@ -307,7 +316,7 @@ class OddOperations(Net):
 EXACT = [
     InPlaceOnViews, InPlaceOnReceived, TuplesAtCuts, ReturnsItsInput, NoneOutput, ShiftedInPlace, Regions, LeakedByHook,
     TwoKinds, OddNames, CustomInModules, Checkpointed, ReentrantCheckpointed, ReplacedBuffer, MaskWhenExporting,
-    ReadsOnlyTheType, NoiseForAll, OddOperations,
+    ReadsOnlyTheType, NoiseForAll, OddOperations, FailsWhenExported,
 ]  # fmt: skip
 
 

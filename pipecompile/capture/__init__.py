@@ -24,6 +24,7 @@ from pipecompile.capture.blocks import Blocks, NeedsFullTrace
 from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.decisions import decisions
 from pipecompile.capture.eager import Observation, observe
+from pipecompile.capture.exporting import told_that_it_is_not_exported
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.opaque_shapes import OpaqueShapes
 from pipecompile.capture.reader import Reader, dtype_name, input_path
@@ -90,16 +91,29 @@ class Task:
 
 
 def _with_sizes(task: Task, open_: Labels, fixed: dict[str, str]) -> Graph:
-    """The graph with the sizes of ``open_`` left open. Raises Fixed if the model does not leave one of them so."""
+    """The graph with the sizes of ``open_`` left open. Raises Fixed if the model does not leave one of them so.
+
+    Repeated blocks are traced once if that may be. A model that behaves otherwise when it is exported, and fails then, is
+    told that it is not.
+    """
     shapes = OpaqueShapes([])
     if task.opaque and open_:
         shapes = OpaqueShapes.of(
             task.batch, open_, task.seen, lambda batch: _observe(task.step, task.model, _copy(batch))
         )
-    try:
-        return _trace(task, open_, fixed, shapes, repeats=True)
-    except NeedsFullTrace:
-        return _trace(task, open_, fixed, shapes, repeats=False)
+    first: CaptureError | None = None
+    for around in (nullcontext, told_that_it_is_not_exported):
+        for repeats in (True, False):
+            try:
+                with around():
+                    return _trace(task, open_, fixed, shapes, repeats)
+            except NeedsFullTrace:
+                continue
+            except CaptureError as error:
+                first = first or error
+                break
+    assert first is not None
+    raise first
 
 
 def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
