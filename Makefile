@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden wheel-test zoo faults processes mutants figures
+.PHONY: demo test check setup golden wheel-test zoo faults processes mutants figures kill-test weights-memory
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -23,6 +23,14 @@ check:
 
 zoo: setup
 	$(BIN)/python -m tests.zoo.harness
+
+# kill -9 at random points during a save, 50 times: no checkpoint may be lost.
+kill-test: setup
+	$(BIN)/python -m benchmarks.kill_saves
+
+# The peak memory of a rank that makes or reads its weights, against its own share.
+weights-memory: setup
+	$(BIN)/python -m benchmarks.weights
 
 # A process raises, is killed, is stopped or hangs at 20 random instructions each: all must be told of that place.
 faults: setup
