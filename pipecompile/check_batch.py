@@ -24,8 +24,20 @@ def check_batch(plan: Plan, batch: Any) -> None:
                 count = leaf.shape[dimension] // (1 if dimension else plan.microbatches)
                 _check_agreement(found, size.text, count, f"dimension {dimension} of batch{place}")
     sizes = {name: count for name, (count, _) in found.items()}
+    _check_conditions(plan, sizes)
+    if any(rows % plan.microbatches for rows in _rows(plan, batch)):  # the first microbatches have one row more
+        _check_conditions(plan, sizes | {BATCH: sizes[BATCH] + 1})
+
+
+def _rows(plan: Plan, batch: Any) -> list[int]:
+    """The rows of the tensors whose number of rows is open."""
+    split = [v for v in plan.inputs if v.spec.shape and isinstance(v.spec.shape[0], Size)]
+    return [int(_reach(batch, value, "").shape[0]) for value in split]
+
+
+def _check_conditions(plan: Plan, sizes: dict[str, int]) -> None:
     for condition in plan.conditions if sizes != plan.sizes else ():
-        if sizes[BATCH] and not evaluate(condition.text, sizes):
+        if sizes.get(BATCH) and not evaluate(condition.text, sizes):
             told = ", ".join(f"{name} {count}" for name, count in sizes.items())
             raise BatchError(
                 f"a microbatch has {told}, but {condition.where} asks for {condition.text}, and what follows was compiled "

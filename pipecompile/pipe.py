@@ -273,7 +273,7 @@ class Pipe:
         if not (outputs and self.plan.reported):
             return []
         read = StepSizesOf(self.plan.inputs)
-        return [dict(zip(read.names, sizes)) for sizes in read(split(batch, self.plan.microbatches))]
+        return [dict(zip(read.names, sizes)) for sizes in read(split(batch, self.plan.microbatches, uneven=True))]
 
     def _runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         if trains not in self._runtimes:
@@ -324,7 +324,7 @@ class Pipe:
         number = max(self.steps - 1, 0) if step is None else step
         watch(model, self.plan.random)
         with own_streams():
-            microbatches = [m for each in (batch, *others) for m in split(each, self.plan.microbatches)]
+            microbatches = [m for each in (batch, *others) for m in split(each, self.plan.microbatches, uneven=True)]
             return self._accumulate(Step(model, self.loss), microbatches, number)
 
     def _accumulate(self, step: Step, microbatches: list[Any], number: int) -> Tensor:

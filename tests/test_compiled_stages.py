@@ -19,11 +19,10 @@ def _forget() -> Any:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_compiled_stages_train_alike(schedule: str) -> None:
+def test_compiled_stages_train_alike() -> None:
     model = Tied(noisy=True)
     unsplit = copy.deepcopy(model)
-    pipe = compiled(model, told, schedule=schedule)
+    pipe = compiled(model, told, schedule="zb-h1")
     pipe.compile_stages(backend="aot_eager")
     for _ in range(2):
         torch.testing.assert_close(pipe.step(words()), pipe.reference(unsplit, words()), rtol=1e-5, atol=0)

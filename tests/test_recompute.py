@@ -39,8 +39,11 @@ def assert_step_is_exact(pipe: pipecompile.Pipe, model: nn.Module, batch: Any) -
         assert_equal(model, unsplit)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved-1f1b"])
-@pytest.mark.parametrize("mode", ["stage", "calls", MIXED], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "schedule"),
+    [("stage", "1f1b"), ("stage", "zb-h1"), ("calls", "zb-h1"), ("calls", "interleaved-1f1b"), (MIXED, "1f1b")],
+    ids=str,
+)
 def test_noise_and_batch_statistics_are_those_of_the_first_run(mode: Any, schedule: str) -> None:
     model = Tied(noisy=True)
     ranks = 2 if schedule == "interleaved-1f1b" else 4
@@ -49,16 +52,14 @@ def test_noise_and_batch_statistics_are_those_of_the_first_run(mode: Any, schedu
     assert_step_is_exact(pipe, model, words())
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-@pytest.mark.parametrize("mode", ["stage", "calls"])
+@pytest.mark.parametrize(("mode", "schedule"), [("stage", "zb-h1"), ("calls", "1f1b")])
 def test_autocast_is_that_of_the_first_run(mode: str, schedule: str) -> None:
     model = Tied(noisy=True)
     pipe = compiled(model, autocast_loss, schedule=schedule, recompute=mode)
     assert_step_is_exact(pipe, model, words())
 
 
-@pytest.mark.parametrize("mode", ["stage", "calls"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "mode"), [("gpt2", "stage"), ("llama", "calls")])
 def test_models(name: str, mode: str) -> None:
     model, batch, loss = MODELS[name]()
     pipe = pipecompile.compile(model, batch, stages=4, microbatches=4, loss=loss, costs="estimate", recompute=mode)

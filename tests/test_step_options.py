@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from pipecompile.errors import CaptureError
+from pipecompile.errors import BatchError, CaptureError
 from pipecompile.runtime import split
 from tests.test_masters import Unsplit, by_name, narrow
 from tests.test_training import MICROBATCHES, Tied, compiled, tokens, words
@@ -53,8 +53,7 @@ def assert_told(pipe: Any, unsplit: nn.Module) -> None:
     assert float(pipe.metrics["size"]) > 0
 
 
-@pytest.mark.parametrize("mode", ["none", "stage", "calls"])
-@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1"])
+@pytest.mark.parametrize(("schedule", "mode"), [("gpipe", "none"), ("zb-h1", "stage"), ("1f1b", "calls")])
 def test_what_a_loss_function_tells(schedule: str, mode: str) -> None:
     model = Tied()
     unsplit = copy.deepcopy(model)
@@ -83,6 +82,52 @@ def test_values_from_an_early_stage() -> None:
     assert "report({'first': " in pipe.source(0)
     _, outputs = pipe.evaluate(words(), outputs=True)
     assert torch.equal(outputs["hidden"], model.table(words()["words"]))
+
+
+def uneven(rows: int = 10) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return {name: torch.randint(11, (rows,), generator=generator) for name in ("words", "next")}
+
+
+def accumulate(model: nn.Module, batch: Any, loss: Any) -> Tensor:
+    """On the unsplit model, over the microbatches that torch.tensor_split gives; token means over all."""
+    parts = [dict(zip(batch, row)) for row in zip(*(t.tensor_split(MICROBATCHES) for t in batch.values()))]
+    if loss is tokens:
+        pairs = [tokens(model, part) for part in parts]
+        value = torch.stack([total for total, _ in pairs]).sum() / torch.stack([weight for _, weight in pairs]).sum()
+    else:
+        value = torch.stack([loss(model, part) for part in parts]).sum() / MICROBATCHES
+    value.backward()
+    return value.detach()
+
+
+def assert_uneven_is_exact(loss: Any, **options: Any) -> None:
+    model = Tied()
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model, loss, **options)
+    for rows in (10, 8, 7):
+        batch = uneven(rows)
+        torch.testing.assert_close(pipe.step(batch), accumulate(unsplit, batch, loss), rtol=1e-6, atol=0)
+        for name, p in pipe.named_parameters():
+            torch.testing.assert_close(p.grad, unsplit.get_parameter(name).grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["words"]), batch["next"])
+
+
+@pytest.mark.parametrize(("schedule", "mode", "loss"), [("1f1b", "none", cross_entropy), ("zb-h1", "stage", tokens)])
+def test_rows_that_do_not_divide(schedule: str, mode: str, loss: Any) -> None:
+    assert_uneven_is_exact(loss, schedule=schedule, recompute=mode)
+
+
+def test_outputs_of_rows_that_do_not_divide() -> None:
+    model = Tied()
+    pipe = compiled(model, told)
+    _, outputs = pipe.evaluate(uneven(), outputs=True)
+    torch.testing.assert_close(outputs["scores"], model(uneven()["words"]))
+    with pytest.raises(BatchError, match="has 3 rows in dim 0, which do not divide into 4 microbatches"):
+        pipe.step(uneven(3))
 
 
 def test_only_tensors_can_be_told() -> None:
@@ -175,5 +220,6 @@ if __name__ == "__main__":
     ranks_recompute_and_tell()
     ranks_train_masters()
     ranks_sum_a_tied_master()
+    assert_uneven_is_exact(tokens, schedule="interleaved-1f1b", ranks=2)
     print("all cases passed", flush=True)
     torch.distributed.destroy_process_group()

@@ -92,7 +92,7 @@ class LocalRuntime:
         at which they began and ended.
         """
         if ran is None:
-            return self.run(split(batch, self._microbatches), optimizer=optimizer)
+            return self.run(split(batch, self._microbatches, uneven=True), optimizer=optimizer)
 
         @contextmanager
         def around(step: Step) -> Iterator[None]:
@@ -100,7 +100,7 @@ class LocalRuntime:
             yield
             ran.append((step.instruction, began, time.perf_counter()))
 
-        return self.run(split(batch, self._microbatches), around, optimizer)
+        return self.run(split(batch, self._microbatches, uneven=True), around, optimizer)
 
     def run(
         self,

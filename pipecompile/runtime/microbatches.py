@@ -12,19 +12,20 @@ from torch import Tensor
 from pipecompile.errors import BatchError
 
 
-def split(batch: Any, microbatches: int) -> list[Any]:
+def split(batch: Any, microbatches: int, uneven: bool = False) -> list[Any]:
     """``microbatches`` structures like ``batch`` (nested dicts, mappings, lists, tuples, dataclasses), in order.
 
     Tensors with a dim 0 are views of an equal share of its rows; 0-dim tensors and everything else are passed whole.
-    BatchError if the tensors disagree on their rows, or the rows do not divide.
+    BatchError if the tensors disagree on their rows, or the rows do not divide; with ``uneven`` the first microbatches
+    have one row more than the others then (``torch.tensor_split``), and there must be a row for each.
     """
     tensors = [(name, leaf) for name, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim()]
-    rows = _rows(tensors, microbatches)
+    rows, more = divmod(_rows(tensors, microbatches, uneven), microbatches)
 
     def share(index: int) -> Callable[[Any], Any]:
         def of(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.dim():
-                return leaf.narrow(0, index * rows, rows)
+                return leaf.narrow(0, index * rows + min(index, more), rows + (index < more))
             return leaf
 
         return of
@@ -32,8 +33,8 @@ def split(batch: Any, microbatches: int) -> list[Any]:
     return [_rebuild(batch, share(index)) for index in range(microbatches)]
 
 
-def _rows(tensors: list[tuple[str, Tensor]], microbatches: int) -> int:
-    """How many rows a microbatch has."""
+def _rows(tensors: list[tuple[str, Tensor]], microbatches: int, uneven: bool) -> int:
+    """How many rows the batch has."""
     if not tensors:
         if microbatches > 1:
             raise BatchError(
@@ -49,13 +50,13 @@ def _rows(tensors: list[tuple[str, Tensor]], microbatches: int) -> int:
                 f"{name} has {tensor.shape[0]} rows in dim 0, but {first} has {whole}; "
                 "every tensor of a batch must have one row for each sample"
             )
-    if whole % microbatches or not whole:
+    if whole < microbatches or (whole % microbatches and not uneven):
         below = max(whole // microbatches, 1) * microbatches
         raise BatchError(
             f"{first} has {whole} rows in dim 0, which do not divide into {microbatches} microbatches; "
             f"use a batch of {below} rows or another multiple of {microbatches}, or another number of microbatches"
         )
-    return whole // microbatches
+    return whole
 
 
 def _leaves(node: Any, name: str) -> Iterator[tuple[str, Any]]:

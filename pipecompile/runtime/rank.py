@@ -119,7 +119,7 @@ class RankRuntime:
         ``ran`` gets this rank's instructions with the times at which they began and ended.
         """
         self._check_alive()
-        microbatches = split(batch, self._microbatches)
+        microbatches = split(batch, self._microbatches, uneven=True)
         self._executor.begin(microbatches)
         self._apart.begin()
         if self._versions is not None:
