@@ -17,13 +17,10 @@ from pipecompile.passes.communicate import communicate
 from pipecompile.passes.opening import Split
 from pipecompile.passes.partitioners import partition
 from pipecompile.passes.partitioners.fitting import Fitting, Ranks
-from pipecompile.passes.schedules import make_timetable
+from pipecompile.passes.schedules import find_schedule, make_timetable
 from pipecompile.passes.schedules.auto import serial
 from pipecompile.passes.shorten import Score, shorten
 from pipecompile.simulate import simulate
-
-SEARCHED = ("auto", "v-half", "v-min", "zb-v")
-"""Schedules whose order depends on the partition."""
 
 SECONDS = 2.0
 """For each call of the partitioner: a model's graph is cut several times while calls are opened."""
@@ -112,7 +109,7 @@ class Cutter:
     @property
     def adapts(self) -> bool:
         """Whether the order depends on the partition."""
-        return self.options.schedule in SEARCHED or ".py:" in self.options.schedule
+        return find_schedule(self.options.schedule).adapts
 
     @cached_property
     def usual(self) -> Timetable:

@@ -80,6 +80,13 @@ def test_text(name, golden):
     golden(f"schedules/{name}.txt", f"{timetable}\n\n{program}")
 
 
+@pytest.mark.parametrize("name", schedule_names())
+def test_only_what_says_so_adapts_to_costs(name: str) -> None:
+    shape = shape_for(name, 4, 8)
+    costs = [StageCost(1 + s % 3, 3 - s % 2, 0.5 + s % 2) for s in range(shape.stages)]
+    assert (make_timetable(name, shape, costs).rows != make_timetable(name, shape).rows) == find_schedule(name).adapts
+
+
 @pytest.mark.parametrize("name", [name for name in schedule_names() if name != "auto"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_shape_is_safe(name, ranks):

@@ -63,7 +63,7 @@ class Schedule:
 
     ``instead`` names a schedule for the shapes that ``per_rank`` refuses; ``refuses`` gives its reasons against others,
     with the nearest shape that it allows, or nothing. ``flushes``: all microbatches see the same
-    weights, as accumulation on the unsplit model does.
+    weights, as accumulation on the unsplit model does. ``adapts``: the order depends on the Setting.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Schedule:
     flushes: bool = True
     forms: Forms | None = None
     refuses: Callable[[Shape], str] | None = None
+    adapts: bool = False
 
 
 _SCHEDULES: dict[str, Schedule] = {}
@@ -97,11 +98,12 @@ def schedule(
     flushes: bool = True,
     forms: Forms | None = None,
     refuses: Callable[[Shape], str] | None = None,
+    adapts: bool = False,
 ) -> Callable[[Order], Order]:
     """Register a function as the schedule ``name``."""
 
     def register(order: Order) -> Order:
-        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead, flushes, forms, refuses)
+        _SCHEDULES[name] = Schedule(name, order, placement, per_rank, instead, flushes, forms, refuses, adapts)
         return order
 
     return register
@@ -121,7 +123,7 @@ def schedule_names() -> tuple[str, ...]:
 def find_schedule(name: str) -> Schedule:
     """The schedule of that name, or a user's own (``my.py:name``); ScheduleError lists the names if there is none."""
     if ".py:" in name:
-        return Schedule(name, own_order(name), loop)
+        return Schedule(name, own_order(name), loop, adapts=True)
     found = _discover().get(name)
     if found is None:
         raise ScheduleError(

@@ -39,7 +39,7 @@ class Candidate:
     fits: bool
 
 
-@schedule("auto")
+@schedule("auto", adapts=True)
 def auto(shape: Shape, setting: Setting) -> Timetable:
     """The fastest timetable found; MemoryLimitError says how much memory would do if none fits."""
     candidates = [_candidate(timetable, setting) for timetable in _named(shape, setting)]

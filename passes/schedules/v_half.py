@@ -23,6 +23,6 @@ IDLE = "(F+I+W)/6*Piecewise((2*p-3, p <= 4), (9, p <= 5), (3*p-5, True))"
 FORMS = Forms(IDLE, "Min(2*m, p+2)", "(m >= p) & Eq(F, I) & Eq(I, W)")
 
 
-@schedule("v-half", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
+@schedule("v-half", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS, adapts=True)
 def v_half(shape: Shape, setting: Setting) -> Rows:
     return best_vee("v-half", shape, setting, shape.ranks + 2)

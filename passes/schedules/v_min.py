@@ -24,6 +24,6 @@ IDLE = "(F+I+W)/6*Piecewise((4*p-7, p <= 3), (11, p <= 5), (4*p-5, True))"
 FORMS = Forms(IDLE, "Min(2*m, 2*floor((p+4)/3))", "(m >= p) & Eq(F, I) & Eq(I, W)")
 
 
-@schedule("v-min", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
+@schedule("v-min", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS, adapts=True)
 def v_min(shape: Shape, setting: Setting) -> Rows:
     return best_vee("v-min", shape, setting, 2 * ((shape.ranks + 4) // 3))

@@ -62,7 +62,7 @@ FORMS = Forms(
 )
 
 
-@schedule("zb-v", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS)
+@schedule("zb-v", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS, adapts=True)
 def zb_v(shape: Shape, setting: Setting) -> Rows:
     order = [drawn(shape, rank) for rank in range(shape.ranks)]
     return best_vee("zb-v", shape, setting, 2 * shape.ranks, order)
