@@ -16,20 +16,24 @@ from pipecompile.memory import Demand, demands, in_flight, least_rows, peak_byte
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.opening import Split
 from pipecompile.passes.partitioners import partition
+from pipecompile.passes.partitioners.clock import Allowance
 from pipecompile.passes.partitioners.fitting import Fitting, Ranks
 from pipecompile.passes.schedules import find_schedule, make_timetable
-from pipecompile.passes.schedules.auto import serial
+from pipecompile.passes.schedules.auto import leanest
 from pipecompile.passes.shorten import Score, shorten
 from pipecompile.simulate import simulate
 
 SECONDS = 2.0
 """For each call of the partitioner: a model's graph is cut several times while calls are opened."""
 
-FIT_SECONDS = 10.0
-"""For a proof that nothing fits in memory, or a partition that does, where the partitioner finds none in its time."""
+FIT_SECONDS = 20.0
+"""For all searches of partitions that fit in memory, where the partitioner finds none by its own count."""
 
-BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Shares of the memory that the partitioner is given: it counts activations, the program messages too."""
+POLISH_SECONDS = 6.0
+"""What is left of them once a partition fits, to make it faster."""
+
+SHARES = (0.95, 0.9, 0.85, 0.8, 0.75)
+"""Shares of the memory that a model is compiled for where its stages, once run, need more than was counted."""
 
 
 @dataclass(frozen=True)
@@ -40,71 +44,85 @@ class Cutter:
     shape: Shape
     made: dict[Partition, Timetable] = field(default_factory=dict)
     """The orders that were made for partitions."""
+    searches: dict[CostGraph, list[Fitting]] = field(default_factory=dict)
+    allowance: Allowance = field(default_factory=lambda: Allowance(FIT_SECONDS))
 
     def __call__(self, costs: CostGraph, tolerance: float | None = None) -> Partition:
         """A partition, and one that fits if memory is limited; MemoryLimitError says what would do."""
-        options = self.options
-        chosen = options.tolerance if tolerance is None else tolerance
-        costs = replace(costs, recompute="stage" if options.recomputes_stages else "none")
-        if options.memory is None or options.recomputes_parts:  # these are chosen in the finished cut
-            return partition(costs, options.stages, tolerance=chosen, time_limit=SECONDS)
-        for share in BUDGETS:
-            try:
-                found = partition(
-                    costs,
-                    options.stages,
-                    tolerance=chosen,
-                    memory=int(share * options.memory),
-                    in_flight=in_flight(self.usual.rows, options.stages),
-                    placement=self.usual.shape.placement,
-                    state_factor=2 + options.optimizer_factor,
-                    time_limit=SECONDS,
-                )
-            except MemoryLimitError:
-                break
-            if self.fits(found):
-                return found
-        return self.fitting(costs, options.memory, chosen)
+        memory = None if self.options.recomputes_parts else self.options.memory  # these are chosen in the finished cut
+        chosen = self.options.tolerance if tolerance is None else tolerance
+        costs = replace(costs, recompute="stage" if self.options.recomputes_stages else "none")
+        found = None
+        with suppress(MemoryLimitError):  # the partitioner counts activations, the program messages too
+            found = self.cut(costs, chosen, memory)
+        if found and (memory is None or self.fits(found, memory)):
+            return found
+        assert memory is not None
+        return self.fitting(costs, memory, chosen, found)
 
-    def fitting(self, costs: CostGraph, memory: int, tolerance: float) -> Partition:
-        """A partition that fits, by the exact solver; MemoryLimitError says what would do, and whether that is proved."""
-        search = Fitting.of(costs, self.options.stages, self.ranks, tolerance)
-        found, proved = search.any(memory, FIT_SECONDS)
-        if found:
-            return search.better(found, memory, 2 * SECONDS)
-        needed, bound = search.least(FIT_SECONDS)
-        raise MemoryLimitError(
-            _too_little(self.options.stages, memory, needed, bound if proved and not self.adapts else None), needed
+    def cut(self, costs: CostGraph, tolerance: float, memory: int | None) -> Partition:
+        """What the partitioner finds, within the memory as it counts."""
+        return partition(
+            costs,
+            self.options.stages,
+            tolerance=tolerance,
+            memory=memory,
+            in_flight=in_flight(self.usual.rows, self.options.stages) if memory else None,
+            placement=self.usual.shape.placement if memory else None,
+            state_factor=2 + self.options.optimizer_factor,
+            time_limit=SECONDS,
         )
 
+    def fitting(self, costs: CostGraph, memory: int, tolerance: float, near: Partition | None) -> Partition:
+        """A partition that fits, by the exact solver; MemoryLimitError says what would do, and whether that is proved."""
+        if costs not in self.searches:
+            self.searches[costs] = [Fitting.of(costs, self.options.stages, self.ranks(one)) for one in self.orders]
+        searches = self.searches[costs]
+        for search in searches:
+            with self.allowance.share() as seconds:
+                fit = search.any(memory, seconds)
+            if fit:
+                self.allowance.seconds = min(self.allowance.seconds, POLISH_SECONDS)
+                with self.allowance.share() as seconds:
+                    return search.better(fit, memory, tolerance, seconds)
+        near = near or self.cut(costs, tolerance, None)
+        for search in searches:
+            search.needed = min(search.needed, search.ranks.peak(near))
+            with self.allowance.share() as seconds:
+                search.least(seconds)
+        needed, bound = min(search.needed for search in searches), min(search.bound for search in searches)
+        proved = bound > memory and not self.adapts
+        raise MemoryLimitError(_too_little(self.options.stages, memory, needed, bound if proved else None), needed)
+
     def timetable(self, found: Partition) -> Timetable:
-        """The order in which a partition's program computes; MemoryLimitError if its schedule has none that fits."""
+        """The order in which a partition's program computes; MemoryLimitError if its schedule has none that fits.
+
+        Where the order is made for the partition, and does not fit, it is that of equal stages if this one fits.
+        """
         if not self.adapts:
             return self.usual
         if found not in self.made:
             options = self.options
             limits = (options.memory,) * options.ranks if options.memory else ()
-            self.made[found] = make_timetable(
+            order = make_timetable(
                 options.schedule, self.shape, None, found, options.link, limits, options.optimizer_factor
             )
+            if options.memory and self.peak(found, order) > options.memory >= self.peak(found, self.usual):
+                order = self.usual
+            self.made[found] = order
         return self.made[found]
 
-    def fits(self, found: Partition) -> bool:
+    def fits(self, found: Partition, memory: int) -> bool:
         """Whether some order of the schedule keeps every rank within its memory."""
-        memory = self.options.memory or math.inf
+        if any(self.peak(found, order) <= memory for order in self.orders):
+            return True
         with suppress(MemoryLimitError):
-            return self.peak(found, self.smallest(found)) <= memory or (
-                self.options.schedule == "auto" and self.peak(found, self.timetable(found)) <= memory
-            )
+            return self.adapts and self.peak(found, self.timetable(found)) <= memory
         return False
 
     def peak(self, found: Partition, timetable: Timetable) -> int:
         """The most bytes that a rank holds in the program of a partition."""
         return max(peak_bytes(communicate(timetable, found), found, self.options.optimizer_factor))
-
-    def smallest(self, found: Partition) -> Timetable:
-        """The order that needs least memory: auto can run one microbatch after the other, others have but one."""
-        return serial(self.shape) if self.options.schedule == "auto" else self.timetable(found)
 
     @property
     def adapts(self) -> bool:
@@ -117,21 +135,30 @@ class Cutter:
         return make_timetable(self.options.schedule, self.shape)
 
     @cached_property
-    def ranks(self) -> Ranks:
-        """What the exact solver must know of the ranks' memory."""
-        least = serial(self.shape) if self.options.schedule == "auto" else self.usual
-        placement = least.shape.placement
+    def orders(self) -> tuple[Timetable, ...]:
+        """The orders that do not depend on the partition, and that the schedule takes where they need less memory."""
+        return leanest(self.shape) if self.options.schedule == "auto" else (self.usual,)
+
+    def ranks(self, order: Timetable) -> Ranks:
+        """What the exact solver must know of the ranks' memory in an order."""
+        placement = order.shape.placement
         pairs = list(itertools.combinations(range(self.options.stages), 2))
 
         def in_program(found: Partition) -> tuple[Demand, ...]:
             ways = sorted({(t.source, t.target) for t in found.transfers})
-            return demands(communicate(self.smallest(found), found).rows, placement, ways)
+            return demands(communicate(order, found).rows, placement, ways)
+
+        def peak(found: Partition) -> int:
+            least = self.peak(found, order)
+            if self.adapts and self.options.schedule != "auto":
+                least = min(least, self.peak(found, self.timetable(found)))
+            return least
 
         return Ranks(
             placement=placement,
-            always=demands(least_rows(least), placement, pairs),
+            always=demands(least_rows(order), placement, pairs),
             in_program=in_program,
-            peak=lambda found: self.peak(found, self.smallest(found)),
+            peak=peak,
             state_factor=2 + self.options.optimizer_factor,
         )
 
@@ -142,7 +169,7 @@ def less_memory(within: Callable[[int | None], Compiled], memory: int | None) ->
     MemoryLimitError if they need too much all the same.
     """
     first = found = within(memory)
-    for share in BUDGETS[1:]:
+    for share in SHARES:
         if memory is None or max(found.forecast.peak_bytes) <= memory:
             return found
         try:

@@ -53,7 +53,7 @@ def coarse_cut(problem: Problem) -> tuple[Stages | None, float, list[int], list[
     """The best split of a few orders at places where few bytes cross: stages, time cap, the order, and its groups."""
     known = []
     for order in orders(problem, shuffles=0):
-        groups = _in_groups(problem, order, _breaks(problem, order))
+        groups = intervals(problem, order, COARSE)
         small = contract(problem, groups)
         on = line(small, list(range(small.nodes)))
         known.append((fastest(small, on), order, groups, small, on))
@@ -79,15 +79,15 @@ def _crossing(problem: Problem, order: Sequence[int]) -> np.ndarray:
     return change.cumsum()[:-1]
 
 
-def _breaks(problem: Problem, order: Sequence[int]) -> list[int]:
-    """The last positions of about ``COARSE`` intervals of like load, each moved to where the fewest bytes cross."""
+def intervals(problem: Problem, order: Sequence[int], count: int) -> list[int]:
+    """Groups: about ``count`` intervals of an order of like load, the end of each moved to where the fewest bytes cross."""
     crossing = _crossing(problem, order)
     load = np.cumsum([problem.load[v] for v in order])
-    goals = np.linspace(0, load[-1], COARSE + 1)[1:]
+    goals = np.linspace(0, load[-1], count + 1)[1:]
     edges = np.unique(np.searchsorted(load, goals).clip(0, len(order) - 1))
     starts = np.concatenate(([0], edges[:-1] + 1))
     places = {int(start + crossing[start : end + 1].argmin()) for start, end in zip(starts, edges)}
-    return sorted(places | {len(order) - 1})
+    return _in_groups(problem, order, sorted(places | {len(order) - 1}))
 
 
 def _in_groups(problem: Problem, order: Sequence[int], ends: Sequence[int]) -> list[int]:

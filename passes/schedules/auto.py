@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from pipecompile.errors import MemoryLimitError, ScheduleError
 from pipecompile.ir import COMPUTE, Forecast, Shape, Timetable
-from pipecompile.passes.communicate import communicate
+from pipecompile.passes.communicate import chain, communicate
 from pipecompile.passes.schedules import Setting, find_schedule, loop, schedule, schedule_names, timetable_of, vee
 from pipecompile.passes.schedules.greedy import Rule, list_schedule
 from pipecompile.passes.schedules.improve import improve, makespan
@@ -43,7 +43,7 @@ class Candidate:
 def auto(shape: Shape, setting: Setting) -> Timetable:
     """The fastest timetable found; MemoryLimitError says how much memory would do if none fits."""
     candidates = [_candidate(timetable, setting) for timetable in _named(shape, setting)]
-    placements = [loop(shape)] + [vee(shape)] * (shape.stages == 2 * shape.ranks and shape.ranks > 1)
+    placements = _placements(shape)
     for placement in placements:
         placed = replace(shape, placement=placement)
         problem = Problem.of(placed, setting)
@@ -58,7 +58,8 @@ def auto(shape: Shape, setting: Setting) -> Timetable:
                 break
     best = min((one for one in candidates if one.fits), key=lambda one: one.forecast.step_ms, default=None)
     if best is None:
-        raise _too_little(_candidate(serial(shape), setting), setting)
+        least = [_candidate(timetable, setting) for timetable in leanest(shape)]
+        raise _too_little(min(least, key=lambda one: max(one.forecast.peak_bytes)), setting)
     return best.timetable
 
 
@@ -70,8 +71,8 @@ def _candidate(timetable: Timetable, setting: Setting) -> Candidate:
 
 
 def _named(shape: Shape, setting: Setting) -> Iterator[Timetable]:
-    """Every named schedule that allows the shape, and the serial one."""
-    yield serial(shape)
+    """Every named schedule that allows the shape, and the serial ones."""
+    yield from (serial(shape, placement) for placement in _placements(shape))
     for name in schedule_names():
         found = find_schedule(name)
         if found.order is auto or not found.flushes:
@@ -83,9 +84,25 @@ def _named(shape: Shape, setting: Setting) -> Iterator[Timetable]:
         yield replace(timetable, schedule=f"auto: {name}")
 
 
-def serial(shape: Shape) -> Timetable:
+def _placements(shape: Shape) -> list[tuple[int, ...]]:
+    return [loop(shape)] + [vee(shape)] * (shape.stages == 2 * shape.ranks and shape.ranks > 1)
+
+
+def leanest(shape: Shape) -> tuple[Timetable, ...]:
+    """The orders of which one needs the least memory, whatever the partition.
+
+    One microbatch after the other holds one activation of each stage, and no order less. But it also holds the gradients
+    that a rank's deeper stages have sent; breadth first, all of a deeper stage come before any of the next.
+    """
+    orders = [serial(shape, placement) for placement in _placements(shape)]
+    if shape.stages > shape.ranks:
+        orders.append(timetable_of(find_schedule("looped-bfs"), shape, Setting(chain(shape.stages))))
+    return tuple(orders)
+
+
+def serial(shape: Shape, placement: tuple[int, ...]) -> Timetable:
     """One microbatch after the other: one activation of each stage in flight."""
-    placed = replace(shape, placement=loop(shape))
+    placed = replace(shape, placement=placement)
     rows = []
     for rank in range(shape.ranks):
         stages = placed.stages_of(rank)
@@ -129,13 +146,13 @@ def _rules(problem: Problem) -> Iterator[Rule]:
             yield Rule(first, patience * mean, fill, ahead)
 
 
-def _too_little(serial: Candidate, setting: Setting) -> MemoryLimitError:
+def _too_little(least: Candidate, setting: Setting) -> MemoryLimitError:
     lacking = ", ".join(
         f"rank {rank} has {limit} bytes and needs {held}"
-        for rank, (held, limit) in enumerate(zip(serial.forecast.peak_bytes, setting.limits))
+        for rank, (held, limit) in enumerate(zip(least.forecast.peak_bytes, setting.limits))
         if held > limit
     )
     return MemoryLimitError(
-        f"no schedule fits the memory: even with one microbatch after the other {lacking}; "
-        f"use --memory {max(serial.forecast.peak_bytes)}, more stages or smaller microbatches"
+        f"no schedule fits the memory: even in the order that needs least {lacking}; "
+        f"use --memory {max(least.forecast.peak_bytes)}, more stages or smaller microbatches"
     )
