@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from pipecompile.compiled import Compiled, Options
 from pipecompile.errors import MemoryLimitError, ProgramError
@@ -76,7 +76,7 @@ class Cutter:
     def fitting(self, costs: CostGraph, memory: int, tolerance: float, near: Partition | None) -> Partition:
         """A partition that fits, by the exact solver; MemoryLimitError says what would do, and whether that is proved."""
         if costs not in self.searches:
-            self.searches[costs] = [Fitting.of(costs, self.options.stages, self.ranks(one)) for one in self.orders]
+            self.searches[costs] = [Fitting.of(costs, self.options.stages, ranks) for ranks in self.ranks]
         searches = self.searches[costs]
         for search in searches:
             with self.allowance.share() as seconds:
@@ -87,9 +87,12 @@ class Cutter:
                     return search.better(fit, memory, tolerance, seconds)
         near = near or self.cut(costs, tolerance, None)
         for search in searches:
-            search.needed = min(search.needed, search.ranks.peak(near))
+            search.see(near)
             with self.allowance.share() as seconds:
                 search.least(seconds)
+            if search.lightest and search.needed <= memory:
+                search.fit = search.lightest
+                return search.fit
         needed, bound = min(search.needed for search in searches), min(search.bound for search in searches)
         proved = bound > memory and not self.adapts
         raise MemoryLimitError(_too_little(self.options.stages, memory, needed, bound if proved else None), needed)
@@ -139,8 +142,12 @@ class Cutter:
         """The orders that do not depend on the partition, and that the schedule takes where they need less memory."""
         return leanest(self.shape) if self.options.schedule == "auto" else (self.usual,)
 
-    def ranks(self, order: Timetable) -> Ranks:
-        """What the exact solver must know of the ranks' memory in an order."""
+    @cached_property
+    def ranks(self) -> tuple[Ranks, ...]:
+        """What the exact solver must know of the ranks' memory, in each of the orders."""
+        return tuple(map(self._ranks, self.orders))
+
+    def _ranks(self, order: Timetable) -> Ranks:
         placement = order.shape.placement
         pairs = list(itertools.combinations(range(self.options.stages), 2))
 
@@ -156,7 +163,7 @@ class Cutter:
 
         return Ranks(
             placement=placement,
-            always=demands(least_rows(order), placement, pairs),
+            always=cache(lambda: demands(least_rows(order), placement, pairs)),
             in_program=in_program,
             peak=peak,
             state_factor=2 + self.options.optimizer_factor,

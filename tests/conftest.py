@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text.rstrip("\n") + "\n" == path.read_text(), f"{path.name} differs; see pytest --update-golden"
 
     return compare
+
+
+@pytest.fixture
+def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that ask for what holds whatever the effort of searching orders."""
+    monkeypatch.setattr(import_module("pipecompile.passes.schedules.auto"), "EFFORT", 100_000)
+    monkeypatch.setattr(import_module("pipecompile.passes.schedules.blocks"), "TASKS_TRIED", 20_000)

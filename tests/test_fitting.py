@@ -17,7 +17,8 @@ from pipecompile.errors import MemoryLimitError
 from pipecompile.ir import CostGraph, CostNode, CostTensor, Instruction, Parameter, Partition, Shape
 from pipecompile.memory import Holdings, peak_bytes
 from pipecompile.passes.communicate import communicate
-from pipecompile.passes.partitioners import evaluate
+from pipecompile.passes.partitioners import evaluate, fitting
+from pipecompile.passes.partitioners.fitting import Fitting
 from pipecompile.passes.schedules import make_timetable
 
 CASES = [("1f1b", 3, 3), ("1f1b", 4, 4), ("gpipe", 4, 4), ("interleaved-1f1b", 4, 2), ("zb-h1", 3, 3)]
@@ -79,16 +80,94 @@ def test_what_fits_is_found_and_what_does_not_is_said(seed: int, schedule: str, 
     assert error.value.needed == least
 
 
+@pytest.mark.usefixtures("little_effort")
 @pytest.mark.parametrize("schedule", ["auto", "v-half", "v-min", "zb-v"])
 def test_orders_made_for_the_partition_fit_too(schedule: str) -> None:
     """As little as the search itself names as enough is enough."""
     graph, shape = random_graph(random.Random(1), 7), Shape(4, 2, 4)
     with pytest.raises(MemoryLimitError, match=r"that fits in memory was found: .* would do") as error:
         Cutter(Options(4, 2, 4, schedule, memory=10), shape)(graph)
-    needed = int(error.value.needed)
-    cutter = Cutter(Options(4, 2, 4, schedule, memory=needed), shape)
+    assert compiled_peak(graph, schedule, shape, int(error.value.needed)) <= error.value.needed
+
+
+def compiled_peak(graph: CostGraph, schedule: str, shape: Shape, memory: int) -> int:
+    cutter = Cutter(Options(shape.stages, shape.ranks, shape.microbatches, schedule, memory=memory), shape)
     found = cutter(graph)
-    assert max(peak_bytes(communicate(cutter.timetable(found), found), found)) <= needed
+    return cutter.peak(found, cutter.timetable(found))
+
+
+FALLBACKS = [
+    ("auto", 3, 3, ("1f1b", "gpipe", "zb-h1")),
+    ("auto", 4, 2, ("interleaved-1f1b", "looped-bfs", "dualpipe-v")),
+    ("v-half", 4, 2, ("v-half",)),
+    ("v-min", 4, 2, ("v-min",)),
+    ("zb-v", 4, 2, ("zb-v",)),
+]
+
+
+@pytest.mark.usefixtures("little_effort")
+@pytest.mark.parametrize(("schedule", "stages", "ranks", "names"), FALLBACKS)
+@pytest.mark.parametrize("seed", range(2))
+def test_what_an_order_for_any_partition_can_do_is_found(
+    seed: int, schedule: str, stages: int, ranks: int, names: tuple[str, ...]
+) -> None:
+    """Searched schedules need no more than the best partition under the order for equal stages, or a named one."""
+    graph, shape = random_graph(random.Random(seed), 7), Shape(stages, ranks, 4)
+    orders = [make_timetable(name, shape) for name in names]
+    every = list(partitions(graph, stages))
+    least = min(max(peak_bytes(communicate(order, found), found)) for order in orders for found in every)
+    assert compiled_peak(graph, schedule, shape, least) <= least
+
+
+@pytest.mark.usefixtures("little_effort")
+@pytest.mark.parametrize(("largest", "placement"), [((0, 2), (0, 1, 1, 0)), ((0, 3), (0, 1, 0, 1))])
+def test_auto_puts_stages_where_they_fit(largest: tuple[int, int], placement: tuple[int, ...]) -> None:
+    """Two large nodes that a chain keeps apart fit on two ranks only if these do not meet."""
+    nodes = tuple(CostNode(f"n{k}", 1.0, 1.0, (Parameter(f"w{k}", 100 if k in largest else 1),)) for k in range(4))
+    edges = tuple((k, k + 1) for k in range(3))
+    graph = CostGraph("chain", nodes, edges, tuple(CostTensor(f"t{u}", u, (v,), 1, 1) for u, v in edges))
+    shape = Shape(4, 2, 4)
+    cutter = Cutter(Options(4, 2, 4, "auto", memory=420), shape)
+    assert cutter.timetable(cutter(graph)).shape.placement == placement
+
+
+def long_graph(count: int) -> CostGraph:
+    """A chain of many small nodes with skips; each keeps as much as it sends."""
+    draw = random.Random(count)
+    readers = [(u + 1,) if u % 7 or u + 5 >= count else (u + 1, u + 5) for u in range(count - 1)]
+    edges = tuple((u, v) for u, targets in enumerate(readers) for v in targets)
+    nodes = tuple(
+        CostNode(f"n{k}", draw.uniform(1, 2), draw.uniform(2, 4), (Parameter(f"w{k}", draw.randint(0, 9)),), 10)
+        for k in range(count)
+    )
+    tensors = tuple(CostTensor(f"t{u}", u, targets, 2000, 2000) for u, targets in enumerate(readers))
+    return CostGraph("long", nodes, edges, tensors)
+
+
+@pytest.mark.parametrize("count", [2000, 5000])
+def test_a_large_graph_is_fitted_in_coarser_parts(count: int) -> None:
+    """What is found fits by the program's count; what is not found is not said to be impossible."""
+    graph, shape = long_graph(count), Shape(4, 4, 4)
+    ranks = Cutter(Options(4, 4, 4, "1f1b"), shape).ranks[0]
+    search = Fitting.of(graph, 4, ranks)
+    assert [flows.whole for flows in search.grains] == [False]
+    even = evaluate(graph, [4 * v // count for v in range(count)])
+    limit = int(0.95 * ranks.peak(even))
+    found = search.any(limit, 20.0)
+    assert found is not None
+    assert len(found.stage) == count
+    assert peak_of(found, "1f1b", shape) <= limit
+    search.fit = None
+    assert search.any(100, 1.0) is None
+    assert search.bound == 0
+
+
+def test_a_graph_that_is_too_large_for_the_solver_is_not_said_to_fit_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MOST", 9)
+    graph = random_graph(random.Random(0), 7)
+    with pytest.raises(MemoryLimitError, match=r"into 3 stages that fits in memory was found: .* would do") as error:
+        Cutter(Options(3, 3, 4, "1f1b", memory=100), Shape(3, 3, 4))(graph)
+    assert error.value.needed > 100
 
 
 def test_a_model_is_compiled_within_the_least_memory_of_its_parts() -> None:

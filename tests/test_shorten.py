@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from importlib import import_module
 
 import pytest
 
@@ -102,13 +101,6 @@ def split_of(graph: CostGraph, stage: tuple[int, ...]) -> Split:
 def step_ms(cutter: Cutter, found: Partition) -> float:
     timetable = make_timetable(cutter.options.schedule, cutter.shape, partition=found, link=cutter.options.link)
     return simulate(communicate(timetable, found), found, cutter.options.link).step_ms
-
-
-@pytest.fixture
-def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that ask for what holds whatever the effort of searching orders."""
-    monkeypatch.setattr(import_module("pipecompile.passes.schedules.auto"), "EFFORT", 100_000)
-    monkeypatch.setattr(import_module("pipecompile.passes.schedules.blocks"), "TASKS_TRIED", 20_000)
 
 
 @pytest.mark.usefixtures("little_effort")

@@ -24,7 +24,7 @@ def ways_of(partition: Partition) -> Ways:
     return frozenset((r.source, r.target, bool(r.gradients)) for r in Routes.of(partition).routes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Flows:
     """A problem whose nodes are groups of a graph's, and what goes between them: (source, targets) to bytes both ways."""
 
@@ -49,9 +49,10 @@ class Flows:
         stages = self.problem.stages
         return self.problem.nodes * (stages - 1) + len(self.sizes) * stages * (stages - 1) // 2
 
-    def stage_of(self, stage: Sequence[int]) -> tuple[int, ...]:
-        """The stage of each node of the graph, from those of the groups."""
-        return tuple(stage[g] for g in self.group)
+    @property
+    def whole(self) -> bool:
+        """Whether every group is a single node, so that what is proved of the groups holds for the graph."""
+        return self.problem.nodes == len(self.group)
 
 
 class FitModel(Model):
