@@ -39,10 +39,9 @@ def optimum(problem: Problem) -> Answer | None:
 
 def closed_sets(problem: Problem) -> Matrix | None:
     """A row of zeros and ones for each closed set, by ascending size; None if there are more than ``MOST``."""
-    _, before = neighbours(problem)
+    after, before = neighbours(problem)
     needs = [sum(1 << u for u in earlier) for earlier in before]
     found, waiting = {0}, [(0, frozenset(v for v, need in enumerate(needs) if not need))]
-    after, _ = neighbours(problem)
     while waiting:
         inside, ready = waiting.pop()
         for v in ready:
