@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -167,13 +168,21 @@ class Fixing(nn.Module):
         return x
 
 
+def test_the_line_that_fixes_a_size_is_found_behind_torch_s_own_code() -> None:
+    pipe = pipecompile.compile(
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(8, 8), stages=2, microbatches=4,
+        loss=lambda m, x: (m(x) + torch.zeros(2, 8)).square().mean(), costs="estimate", progress=False,
+    )  # fmt: skip
+    assert re.match(r"the loss function \(test_sizes.py, line \d+\) takes it", pipe.plan.fixed["batch"])
+
+
 def test_what_the_model_fixes_is_told() -> None:
     pipe = pipecompile.compile(
         Fixing(), torch.randn(8, 8), stages=2, microbatches=4, loss=lambda m, x: m(x).square().mean(), costs="estimate",
         progress=False,
     )  # fmt: skip
     assert "batch" in pipe.plan.fixed
-    assert "test_sizes.py" in pipe.plan.fixed["batch"]
+    assert re.match(r"\S*test_sizes.py, line \d+ takes it as a constant", pipe.plan.fixed["batch"])
     assert "batch is fixed" in str(pipe.plan)
     with pytest.raises(BatchError, match=r"batch is float32\[12, 8\], but .* batch is fixed: .*test_sizes.py, line"):
         pipe.step(torch.randn(12, 8))

@@ -27,10 +27,21 @@ from pipecompile.capture.eager import Observation, observe
 from pipecompile.capture.exporting import told_that_it_is_not_exported
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.opaque_shapes import OpaqueShapes
+from pipecompile.capture.places import Places
 from pipecompile.capture.reader import Reader, dtype_name, input_path
 from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.shadow import Shadows
-from pipecompile.capture.sizes import Fixed, Labels, Sizes, dynamic_shapes, labels, symbols, traced_with, values
+from pipecompile.capture.sizes import (
+    Fixed,
+    Labels,
+    Sizes,
+    dynamic_shapes,
+    labels,
+    notes_on_sizes,
+    symbols,
+    traced_with,
+    values,
+)
 from pipecompile.capture.state import untouched
 from pipecompile.capture.step import Loss, Step, default_loss
 from pipecompile.capture.tracepoints import Recorder
@@ -138,19 +149,26 @@ def _some(names: list[str]) -> str:
 
 def _trace(task: Task, open_: Labels, fixed: dict[str, str], shapes: OpaqueShapes, repeats: bool) -> Graph:
     recorder = Recorder(mark=True)
+    places = Places(recorder)
     blocks = Blocks(recorder, task.seen.calls, task.opaque, repeats)
+
+    def on_batch(batch: Any) -> None:
+        shapes.symbols.update(symbols(batch, open_))
+        places.notes = notes_on_sizes(pytree.tree_leaves(batch))
+
     if open_:
         blocks.open = shapes.shape
-        task.step.on_batch = lambda batch: shapes.symbols.update(symbols(batch, open_))
+        task.step.on_batch = on_batch
     with (
         blocks.passed_over(task.model, task.seen.changed_buffers),
         task.seen.questions.answered(recorder, tracing=True),
     ):
         try:
-            program = _export(task, open_, recorder)
+            with places if open_ else nullcontext():
+                program = _export(task, open_, recorder)
         finally:
             task.step.on_batch = None
-    return _read(program, task, open_, fixed, recorder)
+    return _read(program, task, open_, fixed, recorder, places)
 
 
 def _copy(batch: Any) -> Any:
@@ -241,11 +259,13 @@ def _where(error: BaseException) -> str:
     return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
-def _read(program: ExportedProgram, task: Task, open_: Labels, fixed: dict[str, str], recorder: Recorder) -> Graph:
+def _read(
+    program: ExportedProgram, task: Task, open_: Labels, fixed: dict[str, str], recorder: Recorder, places: Places
+) -> Graph:
     model, seen = task.model, task.seen
     attributes = _attributes(model)
     given = _user_inputs(program)
-    sizes = Sizes.of(given, open_, values(task.batch, open_))
+    sizes = Sizes.of(given, open_, values(task.batch, open_), places)
     conditions = sizes.conditions(given)
     reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers), seen.random, sizes)
     arguments, inputs, constants = _arguments(program, task.batch, attributes, sizes, given)

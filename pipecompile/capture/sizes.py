@@ -24,6 +24,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture import contents
+from pipecompile.capture.places import Places
 from pipecompile.ir.size import BATCH, SEQUENCE, Condition, Size, evaluate
 
 FLOORS = ("FloorDiv", "CleanDiv")
@@ -96,7 +97,7 @@ class Sizes:
     known: dict[Any, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(inputs: list[Any], open_: Labels, values: Mapping[str, int]) -> Sizes:
+    def of(inputs: list[Any], open_: Labels, values: Mapping[str, int], places: Places) -> Sizes:
         """``inputs`` are the traced leaves of the batch. Raises Fixed for a size that the trace found to be one number."""
         found = Sizes(values)
         for (i, d), name in open_.items():
@@ -106,7 +107,7 @@ class Sizes:
                 if found.names.setdefault(expression, name) != name:
                     raise Fixed(name, f"it must equal {found.names[expression]}")
             elif size is not None:
-                found.fixed[name] = _why(inputs[i], expression)
+                found.fixed[name] = _why(inputs[i], expression, places)
         for name, why in found.fixed.items():
             if name in found.names.values() or (name == BATCH and values[name] == 1):
                 raise Fixed(name, why)
@@ -139,7 +140,7 @@ class Sizes:
         does not meet that. What else torch asks, it asks again at any other size.
         """
         found: dict[str, Condition] = {}
-        for guard in _guards(inputs):
+        for guard in notes_on_sizes(inputs):
             if guard.expr.free_symbols <= set(self.names) and (_is_limit(guard.expr) or not _in_torch(guard.sloc)):
                 text = self.text(guard.expr)
                 found.setdefault(text, Condition(text, where(guard.sloc)))
@@ -149,19 +150,21 @@ class Sizes:
         return tuple(c for c in found.values() if c.text != "True")
 
 
-def _why(tensor: torch.Tensor, size: Any) -> str:
+def _why(tensor: torch.Tensor, size: Any, places: Places) -> str:
     """Where the trace found that a size is one number, from torch's own notes."""
-    for guard in _guards([tensor]):
-        if isinstance(guard.expr, sympy.Equality) and size in guard.expr.args:
-            return f"{where(guard.sloc)} reads it as a constant"
-    return "the model reads it as a constant"
+    for note in notes_on_sizes([tensor]):
+        if isinstance(note.expr, sympy.Equality) and size in note.expr.args:
+            behind = places.of(note) if _in_torch(note.sloc) else ""
+            return f"{behind or where(note.sloc)} takes it as a constant"
+    return "the model takes it as a constant"
 
 
-def _guards(inputs: list[Any]) -> list[Any]:
+def notes_on_sizes(inputs: list[Any]) -> list[Any]:
     """torch's notes of what it was asked about sizes."""
     modes = [getattr(leaf, "fake_mode", None) for leaf in inputs]
     environment = next((mode.shape_env for mode in modes if mode is not None), None)
-    return list(getattr(environment, "guards", ()))
+    notes: list[Any] = getattr(environment, "guards", [])
+    return notes
 
 
 def _is_limit(expression: Any) -> bool:
