@@ -72,7 +72,9 @@ def save_weights(share: Share, directory: str | Path) -> None:
         return ""
 
     from_first_rank(begin)
-    on_every_rank(share, lambda: writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages))
+    on_every_rank(
+        lambda: writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages), share.replica
+    )
     from_first_rank(finish)
 
 
@@ -111,7 +113,7 @@ def save_checkpoint(share: Share, directory: str | Path, step: int, optimizer: O
         return ""
 
     from_first_rank(begin)
-    on_every_rank(share, write)
+    on_every_rank(write, share.replica)
     from_first_rank(finish)
 
 
@@ -142,11 +144,11 @@ def check_start(directory: str | Path, step: int) -> None:
         )
 
 
-def on_every_rank(share: Share, work: Callable[[], None]) -> None:
+def on_every_rank(work: Callable[[], None], replica: int = 0) -> None:
     """Do ``work`` on every rank of the first replica; if it fails on one, it fails on all processes."""
     error: Exception | None = None
     try:
-        if share.replica == 0:
+        if replica == 0:
             work()
     except (CheckpointError, OSError) as caught:
         error = caught

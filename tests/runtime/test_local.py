@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipecompile.errors import BatchError, ProgramError, RuntimeFault
+from pipecompile.errors import ProgramError, RuntimeFault
 from pipecompile.ir import Instruction, Port, Program, Shape, Spec, StagePlan
 from pipecompile.runtime import LocalRuntime, Stage
 from tests.runtime import handmade
@@ -177,7 +177,10 @@ def test_a_weighted_step_that_fails_leaves_gradients_as_they_were() -> None:
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(BatchError, match="7 rows"):
+    """Its microbatches have 2, 2, 2 and 1 rows, and the plans are of 2 rows alone."""
+    with pytest.raises(
+        RuntimeFault, match=r"made 'hidden' as float32\[1, 5, 8\], but was compiled for float32\[2, 5, 8\]"
+    ):
         runtime_of(Net(), program_of()).step({"ids": torch.zeros(7, 5, dtype=torch.int64)})
 
 
