@@ -21,7 +21,7 @@ from typing import Any
 
 from pipecompile.ir import Graph, Node, Ref
 from pipecompile.passes import sample_rules
-from pipecompile.passes.sample_rules import COUPLED, FREE, Operand, State, samples
+from pipecompile.passes.sample_states import COUPLED, FREE, Operand, State, arguments, merged, operands, samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def couplings(graph: Graph) -> tuple[Coupling, ...]:
         return leaf
 
     for node in graph.nodes:
-        given = sample_rules.arguments(node, operand)
+        given = arguments(node, operand)
         for value in node.outputs:
             states[value.name] = state = sample_rules.state(node, value, given, count)
             if state is COUPLED and value.name in live and not _any_coupled(given):
@@ -79,7 +79,7 @@ def ancestors(graph: Graph, names: Iterable[str]) -> frozenset[str]:
 
 
 def _any_coupled(given: Mapping[str, Any]) -> bool:
-    return any(operand.state is COUPLED for operand in sample_rules.operands(given))
+    return any(operand.state is COUPLED for operand in operands(given))
 
 
 def _write(node: Node, given: Mapping[str, Any], states: dict[str, State], roots: Mapping[str, str]) -> None:
@@ -91,4 +91,4 @@ def _write(node: Node, given: Mapping[str, Any], states: dict[str, State], roots
         root = roots.get(name, name)
         for other, home in roots.items():
             if home == root or other == root:
-                states[other] = sample_rules.merged(states.get(other, FREE), new)
+                states[other] = merged(states.get(other, FREE), new)

@@ -11,7 +11,7 @@ from pipecompile.ir import Graph
 from pipecompile.passes.assemble import StageBody
 from pipecompile.passes.coupling import ancestors, couplings
 from pipecompile.passes.render import path_text
-from pipecompile.passes.sample_rules import schema_of
+from pipecompile.passes.sample_states import schema_of
 
 CHECKPOINT = "checkpoint:"
 

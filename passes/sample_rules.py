@@ -7,48 +7,12 @@ the same place with the same size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from pipecompile.ir import Node, Value
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """How a value depends on samples. Dimension ``dim`` holds them, each ``inner`` elements apart in it.
-
-    ``learned``: a parameter has a part in it.
-    """
-
-    kind: str
-    dim: int = -1
-    inner: int = 1
-    learned: bool = False
-
-
-FREE = State("free")
-COUPLED = State("coupled")
-
-
-def samples(dim: int, inner: int = 1, learned: bool = True) -> State:
-    return State("samples", dim, inner, learned)
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A tensor among an operation's arguments."""
-
-    state: State
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def discrete(self) -> bool:
-        return self.dtype == "bool" or "int" in self.dtype
-
+from pipecompile.passes.sample_states import COUPLED, FREE, Operand, State, merged, operands, samples
 
 Given = Mapping[str, Any]
 CAST = {
@@ -69,39 +33,6 @@ OVER_DIM = {"softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "
             "topk", "flip", "roll", "max", "min", "amax", "amin", "median", "var", "std", "var_mean", "std_mean", "norm",
             "linalg_vector_norm", "prod", "glu_over", "renorm"}  # fmt: skip
 LOSSES = ("_loss", "binary_cross_entropy", "kl_div", "mse_loss", "cosine_embedding_loss")
-
-
-def arguments(node: Node, operand: Callable[[Any], Any]) -> dict[str, Any]:
-    """The operation's arguments by name, tensors as Operands."""
-
-    def convert(whole: Any) -> Any:
-        if isinstance(whole, tuple | list):
-            return [convert(part) for part in whole]
-        return operand(whole)
-
-    schema = schema_of(node.target)
-    names = [argument.name for argument in schema.arguments] if schema else []
-    names += [f"argument {i}" for i in range(len(names), len(node.args))]
-    return {name: convert(part) for name, part in (*zip(names, node.args), *node.kwargs.items())}
-
-
-def schema_of(target: str) -> Any:
-    """The torch schema of ``aten.add.Tensor``, None for what is no operation of torch."""
-    found: Any = torch.ops
-    for part in target.split("."):
-        found = getattr(found, part, None)
-    return getattr(found, "_schema", None)
-
-
-def operands(given: Any) -> Iterator[Operand]:
-    if isinstance(given, Operand):
-        yield given
-    elif isinstance(given, Mapping):
-        for part in given.values():
-            yield from operands(part)
-    elif isinstance(given, list):
-        for part in given:
-            yield from operands(part)
 
 
 def state(node: Node, value: Value, given: Given, count: int) -> State:
@@ -159,15 +90,6 @@ def _broadcasts(tensors: list[Operand], shape: tuple[int, ...]) -> bool:
 def _first(given: Given) -> Operand:
     """The first tensor that holds samples."""
     return next(one for one in operands(given) if one.state.kind == "samples")
-
-
-def merged(one: State, other: State) -> State:
-    """The state of something that depends on both."""
-    if COUPLED in (one, other) or {one.kind, other.kind} == {"samples", "total"}:
-        return COUPLED
-    if one.kind == other.kind == "samples":
-        return one if one.dim == other.dim else COUPLED
-    return one if other.kind == "free" else other
 
 
 def _elementwise(name: str, given: Given, shape: tuple[int, ...], count: int) -> State:

@@ -21,7 +21,8 @@ from pipecompile.errors import ScheduleError, VerificationError
 from pipecompile.ir import Graph, StageFormulas
 from pipecompile.machine import Machine, find_machine, parse_bytes
 from pipecompile.masters import read_dtype
-from pipecompile.pipe import Pipe, build_files, read_files
+from pipecompile.opened import read_files
+from pipecompile.pipe import Pipe, build_files
 from pipecompile.recomputing import Recompute, read_modes
 from pipecompile.runtime import from_first_rank, split
 from pipecompile.simulate import Link

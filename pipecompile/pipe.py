@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipecompile.build import read_build, write_build
+from pipecompile.build import write_build
 from pipecompile.capture import Loss, Step
 from pipecompile.check_batch import check_batch
 from pipecompile.errors import BuildError
 from pipecompile.ir import Forecast, Program
 from pipecompile.ir.versions import updates
 from pipecompile.masters import Masters
-from pipecompile.model_file import ModelFile, read_model_file
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import make_timetable
@@ -47,9 +46,7 @@ from pipecompile.runtime.sizes import StepSizesOf
 from pipecompile.saving import Share, load_weights, save_weights
 from pipecompile.training import bound_to_mode, check_compiler, clip_gradients, forward_only
 from pipecompile.updating import check_mean, check_optimizer
-from pipecompile.weights.checkpoint import open_checkpoint
 from pipecompile.weights.layout import Layout
-from pipecompile.weights.materialise import materialise
 
 Files = Mapping[str, str]
 
@@ -83,8 +80,8 @@ class Pipe:
         seed: int = 0,
     ) -> None:
         self._files = dict(files)
-        self.plan = Plan.from_json(_json(files, "plan.json"))
-        program = Program.from_json(_json(files, "program.json"))
+        self.plan = Plan.from_json(json_of(files, "plan.json"))
+        program = Program.from_json(json_of(files, "program.json"))
         self._world, mine = stages_here(program, local)
         self.program = verify(for_replicas(program, self._world.replicas), self.plan.partition)
         check_mean(self.program, self.plan.weight)
@@ -385,49 +382,8 @@ def stages_here(program: Program, local: bool = False) -> tuple[World, list[int]
     return world, list(program.shape.stages_of(world.rank))
 
 
-def read_files(directory: str | Path, trust: bool = False) -> dict[str, str]:
-    """A build's files as text; BuildError if one was changed (unless trusted) or another version wrote it."""
-    return {name: content.decode() for name, content in read_build(directory, trust=trust).items()}
-
-
-def open_build(
-    directory: str | Path, trust: bool = False, *, local: bool = False, timeout_s: float = 300.0
-) -> tuple[Pipe, nn.Module, ModelFile]:
-    """A build made from a model file: its pipe, the model that the file makes, and the file."""
-    files, file = _files_and_model_file(directory, trust)
-    model = file.model()
-    return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), model, file
-
-
-def open_share(
-    directory: str | Path,
-    trust: bool = False,
-    *,
-    local: bool = False,
-    timeout_s: float = 300.0,
-    weights: str | Path | None = None,
-) -> tuple[Pipe, ModelFile]:
-    """A build's pipe with this process's part of the model, the only one that is ever in memory; and the model file.
-
-    The values are those of the file's ``model()``, or of the checkpoint ``weights``.
-    """
-    files, file = _files_and_model_file(directory, trust)
-    plan = Plan.from_json(_json(files, "plan.json"))
-    program = Program.from_json(_json(files, "program.json"))
-    owned = {name for stage in stages_here(program, local)[1] for name in plan.holds[stage]}
-    model = materialise(file.model, owned, open_checkpoint(weights) if weights is not None else None)
-    return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), file
-
-
-def _files_and_model_file(directory: str | Path, trust: bool) -> tuple[dict[str, str], ModelFile]:
-    files = read_files(directory, trust)
-    source = Plan.from_json(_json(files, "plan.json")).source
-    if "file" not in source:
-        raise BuildError(f"build {str(directory)!r} was made in Python, not of a model file; use pipecompile.load")
-    return files, read_model_file(Path(directory).resolve() / source["file"], "" if trust else source["sha256"])
-
-
-def _json(files: Files, name: str) -> Any:
+def json_of(files: Files, name: str) -> Any:
+    """A build's JSON file by name; BuildError if it is missing or malformed."""
     try:
         return json.loads(files[name])
     except KeyError:

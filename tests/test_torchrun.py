@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipecompile.cli import main
-from pipecompile.pipe import open_build
+from pipecompile.opened import open_build
 from tests.runtime.processes import free_port
 
 MODEL = """

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _start_ranks(options: argparse.Namespace) -> int:
     """Start torchrun with one process for each rank of the build, and end with its exit code."""
-    from pipecompile.pipe import read_files
+    from pipecompile.opened import read_files
     from pipecompile.plan import Plan
 
     plan = Plan.from_json(json.loads(read_files(options.build, options.trust)["plan.json"]))
@@ -112,7 +112,7 @@ def _train(options: argparse.Namespace, out: TextIO) -> int:
 
 def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The pipe, at the step from which it goes on, the model file and the optimizer."""
-    from pipecompile.pipe import open_share
+    from pipecompile.opened import open_share
     from pipecompile.restarts import begin_run, restarted
     from pipecompile.saving import check_start, load_training
     from pipecompile.weights.folder import newest

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, out: TextIO) -> int:
     from pipecompile.compare import worst
-    from pipecompile.pipe import open_build
+    from pipecompile.opened import open_build
 
     pipe, model, file = open_build(options.build, options.trust, local=True)
     order = pipe.plan.schedule

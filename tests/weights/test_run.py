@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipecompile.cli import main
-from pipecompile.pipe import open_share
+from pipecompile.opened import open_share
 from tests.runtime.processes import run as run_ranks
 
 MODEL = """
