@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipecompile.ir import AFTER_HALF, COMPUTE, RECEIVES, SENDS, Instruction, Partition, Program, Route, Routes, Use
 from pipecompile.ir.lifetimes import Channel, arrivals, channel_of, most_on_the_way
@@ -82,12 +83,12 @@ class Footprint:
             total += largest * (under_way[channel] if channel[0] == rank else ahead)
         return total
 
-    @property
+    @cached_property
     def _ahead(self) -> int:
         """Bytes of receives that may be posted ahead on a channel."""
         return max((use.after for cost in self.partition.costs for use in cost.uses if use.op == "AHEAD"), default=0)
 
-    @property
+    @cached_property
     def _routes(self) -> Mapping[tuple[int, int], Route]:
         return {(r.source, r.target): r for r in Routes.of(self.partition).routes}
 

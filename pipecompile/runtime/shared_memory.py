@@ -20,6 +20,7 @@ import select
 import socket
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -59,10 +60,18 @@ def _fresh_address() -> str:
     return f"\0pipecompile {secrets.token_hex(16)}"
 
 
-class _End:
-    """A socket to the other end."""
+class _End(ABC):
+    """A socket to the other end, and memory for as many messages at once as there are ``slots``."""
 
-    def __init__(self, connection: socket.socket, peer: int, timeout: timedelta, spin: bool) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        peer: int,
+        messages: Sequence[Specs],
+        slots: int,
+        timeout: timedelta,
+        spin: bool,
+    ) -> None:
         self._connection, self._timeout = connection, timeout
         self._whom = f"rank {peer}"
         self._spin_s = SPIN_S if spin else 0.0
@@ -73,6 +82,12 @@ class _End:
         self._heard = 0
         self._room = 0
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._slots = slots
+        self.resize(messages)
+
+    @abstractmethod
+    def resize(self, messages: Sequence[Specs]) -> None:
+        """Lay the memory out for a step's messages, with new memory where they do not fit into the old."""
 
     def close(self) -> None:
         self._connection.close()
@@ -124,19 +139,7 @@ class _End:
 class SharedSender(_End):
     """Makes the memory and fills it."""
 
-    def __init__(
-        self,
-        connection: socket.socket,
-        peer: int,
-        messages: Sequence[Specs],
-        slots: int,
-        timeout: timedelta,
-        spin: bool,
-    ) -> None:
-        super().__init__(connection, peer, timeout, spin)
-        self._slots = slots
-        self._begun = False
-        self.resize(messages)
+    _begun = False
 
     def resize(self, messages: Sequence[Specs]) -> None:
         """Send new memory where the messages do not fit into the old one."""
@@ -180,19 +183,6 @@ class SharedSender(_End):
 
 class SharedReceiver(_End):
     """Maps the memory and copies out of it."""
-
-    def __init__(
-        self,
-        connection: socket.socket,
-        peer: int,
-        messages: Sequence[Specs],
-        slots: int,
-        timeout: timedelta,
-        spin: bool,
-    ) -> None:
-        super().__init__(connection, peer, timeout, spin)
-        self._slots = slots
-        self.resize(messages)
 
     def resize(self, messages: Sequence[Specs]) -> None:
         """Take the sender's new memory where the messages do not fit into the old one."""
