@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.torchrun import torchrun
 
 MODELS = ("gpt2", "t5", "unet2d")
 CASES = [(2, 2, "1f1b"), (4, 4, "1f1b"), (4, 2, "interleaved-1f1b")]
@@ -64,19 +65,7 @@ def main(folder: str) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_rank_equals_the_unsplit_model(ranks: int, tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [*command, "-m", "tests.test_processes", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(ranks, "tests.test_processes", str(tmp_path))
     per_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     cases = [case for case in CASES if case[1] == ranks]
     assert len(per_rank[0]) == len(cases) * len(MODELS)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.scheduled import FLUSHING, UPDATING
+from tests.torchrun import torchrun
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
@@ -24,18 +23,7 @@ MODELS = ("gpt2", "t5", "unet2d") if os.environ.get("PIPECOMPILE_ALL_PROCESSES")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each rank found wrong, by model and schedule: one pair of processes runs them all."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "tests.scheduled", str(folder), *MODELS],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(RANKS, "tests.scheduled", str(folder), *MODELS)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 

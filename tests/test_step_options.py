@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +15,7 @@ from pipecompile.errors import BatchError, CaptureError
 from pipecompile.runtime import split
 from tests.test_masters import Unsplit, by_name, narrow
 from tests.test_training import MICROBATCHES, Tied, compiled, tokens, words
+from tests.torchrun import torchrun
 
 
 def told(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,19 +140,8 @@ def test_nothing_told_costs_nothing() -> None:
 
 
 def test_all_of_it_in_processes() -> None:
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.test_step_options"],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        cwd=root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("all cases passed") == 2
+    printed = torchrun(2, "tests.test_step_options", timeout_s=150)
+    assert printed.count("all cases passed") == 2
 
 
 def ranks_recompute_and_tell() -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ import pipecompile
 from pipecompile.compare import gradients
 from pipecompile.errors import BuildError
 from pipecompile.runtime import split
+from tests.torchrun import torchrun
 
 WIDTH, WORDS, ROWS, MICROBATCHES = 8, 11, 8, 4
 
@@ -394,18 +393,7 @@ def train(folder: str) -> None:
 
 
 def test_processes_clip_and_evaluate_as_one(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.test_training", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        cwd=root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, "tests.test_training", str(tmp_path), timeout_s=120)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     model = Tied()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)

@@ -41,9 +41,9 @@ class RankRuntime:
     ``stages`` are the rank's own, ``plans`` all. The default process group must be there (``connect`` makes it), with
     one process for each rank, or a multiple of them: replicas of the program, each with a batch of its own, whose
     gradients and losses are summed and divided by all microbatches, or all weight. A wait longer than ``timeout_s``
-    seconds is a RuntimeFault; so is any failure of another rank, and its message is the first one's. Ranks of one host pass messages between CPUs through shared memory, unless
-    ``shared_memory`` is False. ``inputs`` are the batch's tensors as they were compiled: with them, sizes that the model
-    leaves open may change from step to step.
+    seconds is a RuntimeFault; so is any failure of another rank, and its message is the first one's. Ranks of one host
+    pass messages between CPUs through shared memory, unless ``shared_memory`` is False. ``inputs`` are the batch's
+    tensors as they were compiled: with them, sizes that the model leaves open may change from step to step.
     """
 
     def __init__(
