@@ -44,6 +44,7 @@ from pipecompile.runtime import (
 )
 from pipecompile.runtime.sizes import StepSizesOf
 from pipecompile.saving import Share, load_weights, save_weights
+from pipecompile.scaling import GradScaler, scale_of
 from pipecompile.training import bound_to_mode, check_compiler, clip_gradients, forward_only
 from pipecompile.updating import check_mean, check_optimizer
 from pipecompile.weights.layout import Layout
@@ -186,7 +187,22 @@ class Pipe:
         """The same without names."""
         return [p for _, p in self.named_master_parameters()]
 
-    def step(self, batch: Any, optimizer: torch.optim.Optimizer | None = None, ran: list[Ran] | None = None) -> Tensor:
+    def grad_scaler(self, **options: Any) -> GradScaler:
+        """A ``torch.amp.GradScaler`` with its options for ``step(batch, scaler=…)``: where one rank's gradients are not
+        finite, every rank skips the optimizer's step. Every rank makes it and calls its methods at the same points.
+        """
+        device = next((p.device.type for p in self.parameters()), "cpu")
+        return GradScaler(
+            lambda found: self._runtime(trains=True).sum_over_ranks(found), **{"device": device, **options}
+        )
+
+    def step(
+        self,
+        batch: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+        ran: list[Ran] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
         """The loss of a whole batch (0-dim, detached, the same on every rank); gradients are added to ``.grad``.
 
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
@@ -198,13 +214,16 @@ class Pipe:
         microbatches as ranks, by that of their mean loss; gradients are used up. Microbatches read weights that are some
         updates old, as the schedule's own file states. A step begins and ends with one version of the weights.
         ``ran`` gets the instructions that this process ran, with ``time.perf_counter`` when each began and ended.
+        Gradients are scaled by ``scaler`` (``grad_scaler()``), the loss is not.
 
         Raises BatchError for a batch of any other shape, ScheduleError for an optimizer where none
         is used or none where one is, RuntimeFault for a failure on any rank.
         """
         check_optimizer(self.program, self.parameters(), optimizer)
+        scale = scale_of(scaler, self.updates, self.ranks, self.parameters())
+        self._runtime(trains=True)  # replicas are given equal weights when it is made, before masters are rounded
         self._masters.before_step()
-        value = self._run(batch, trains=True, optimizer=optimizer, ran=ran)
+        value = self._run(batch, trains=True, optimizer=optimizer, ran=ran, scale=scale)
         self._masters.after_step()
         self.steps += 1
         return value
@@ -255,13 +274,14 @@ class Pipe:
         optimizer: torch.optim.Optimizer | None = None,
         ran: list[Ran] | None = None,
         outputs: bool = False,
+        scale: Tensor | None = None,
     ) -> Tensor:
         check_batch(self.plan, batch)
         self._check_mode()
         runtime = self._runtime(trains)
         self._gathering = Gathering(self.plan.reported, self.plan.microbatches, outputs, self._sizes(batch, outputs))
         with own_streams() if self.plan.random else nullcontext(), self._gathering.active():
-            loss = runtime.step(batch, ran, optimizer=optimizer)
+            loss = runtime.step(batch, ran, optimizer=optimizer, scale=scale)
         self._gathered = self._gathering.results(runtime.sum_over_ranks, loss.device)
         return loss
 

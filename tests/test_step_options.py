@@ -15,7 +15,6 @@ from pipecompile.errors import BatchError, CaptureError
 from pipecompile.runtime import split
 from tests.test_masters import Unsplit, by_name, narrow
 from tests.test_training import MICROBATCHES, Tied, compiled, tokens, words
-from tests.torchrun import torchrun
 
 
 def told(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,11 +138,6 @@ def test_nothing_told_costs_nothing() -> None:
     assert not any("report(" in pipe.source(s) for s in range(4))
 
 
-def test_all_of_it_in_processes() -> None:
-    printed = torchrun(2, "tests.test_step_options", timeout_s=150)
-    assert printed.count("all cases passed") == 2
-
-
 def ranks_recompute_and_tell() -> None:
     for mode, schedule in (("stage", "interleaved-1f1b"), ("calls", "interleaved-1f1b")):
         model = Tied(noisy=True)
@@ -196,16 +190,3 @@ def ranks_sum_a_tied_master() -> None:
     mine, theirs = dict(pipe.named_master_parameters())["table.weight"].grad, unsplit.masters[0].grad
     assert mine.dtype == torch.float32
     assert float((mine - theirs).norm() / theirs.norm()) < 5e-3
-
-
-if __name__ == "__main__":
-    from pipecompile.runtime import connect
-
-    torch.set_num_threads(1)
-    connect(timeout_s=60)
-    ranks_recompute_and_tell()
-    ranks_train_masters()
-    ranks_sum_a_tied_master()
-    assert_uneven_is_exact(tokens, schedule="interleaved-1f1b", ranks=2)
-    print("all cases passed", flush=True)
-    torch.distributed.destroy_process_group()

@@ -97,6 +97,7 @@ class Executor:
         self._slots: list[Any] = []
         self._microbatches: Sequence[Any] = ()
         self._seed: Tensor | None = None
+        self._scale: Tensor | None = None
 
     def wired(self, row: Row) -> list[Step]:
         """The steps of the row, or of the same one at other sizes: what ``steps`` may be set to."""
@@ -110,9 +111,10 @@ class Executor:
         if self.losses is not None:
             self._seed = torch.ones_like(self.losses) / microbatches
 
-    def begin(self, microbatches: Sequence[Any]) -> None:
-        """Forget the last step; ``microbatches`` are the next one's."""
+    def begin(self, microbatches: Sequence[Any], scale: Tensor | None = None) -> None:
+        """Forget the last step; ``microbatches`` are the next one's, whose gradients are made ``scale`` times as large."""
         self._slots = self._empty.copy()
+        self._scale = scale
         self._microbatches = microbatches
         self.losses = self.weights = self._seed = None
 
@@ -167,7 +169,8 @@ class Executor:
         if not self._trains:
             return None
         if self._seed is None:
-            self._seed = torch.ones_like(share) / self._divisor
+            self._seed = torch.ones_like(share) if self._scale is None else self._scale.to(share)
+            self._seed = self._seed / self._divisor
         return get_gradient_edge(loss)
 
     def _backward(self, op: Backward) -> None:

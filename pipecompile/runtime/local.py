@@ -83,16 +83,22 @@ class LocalRuntime:
         for executor in self._ranks:
             executor.before_forward = hook
 
-    def step(self, batch: Any, ran: list[Ran] | None = None, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
-        """The loss of ``batch``, 0-dim and detached; gradients are added to the parameters' ``.grad``, or used up by
-        ``optimizer`` where the program updates weights.
+    def step(
+        self,
+        batch: Any,
+        ran: list[Ran] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ``batch``, 0-dim and detached; gradients, times ``scale``, are added to the parameters' ``.grad``, or
+        used up by ``optimizer`` where the program updates weights.
 
         The loss is the mean over the microbatches, or sum(loss) / sum(weight) with a weight. RuntimeFault names the
         instruction that failed, BatchError what does not fit in the batch. ``ran`` gets all instructions with the times
         at which they began and ended.
         """
         if ran is None:
-            return self.run(split(batch, self._microbatches, uneven=True), optimizer=optimizer)
+            return self.run(split(batch, self._microbatches, uneven=True), optimizer=optimizer, scale=scale)
 
         @contextmanager
         def around(step: Step) -> Iterator[None]:
@@ -100,17 +106,18 @@ class LocalRuntime:
             yield
             ran.append((step.instruction, began, time.perf_counter()))
 
-        return self.run(split(batch, self._microbatches, uneven=True), around, optimizer)
+        return self.run(split(batch, self._microbatches, uneven=True), around, optimizer, scale)
 
     def run(
         self,
         microbatches: Sequence[Any],
         around: Callable[[Step], AbstractContextManager[None]] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """``step`` for a batch in pieces; each instruction runs within ``around`` of it."""
         for executor in self._ranks:
-            executor.begin(microbatches)
+            executor.begin(microbatches, scale)
         if (sizes := self._sizes_of(microbatches)) != self._sizes:
             self._steps, self._sizes = self._wired(sizes), sizes
         self._mail.begin()

@@ -112,15 +112,21 @@ class RankRuntime:
         """Call ``hook(microbatch)`` before each forward of a stage."""
         self._executor.before_forward = hook
 
-    def step(self, batch: Any, ran: list[Ran] | None = None, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
-        """The loss of ``batch`` on every rank; the gradients of this rank's stages are added to their ``.grad``, or used
-        up by ``optimizer`` where the program updates weights.
+    def step(
+        self,
+        batch: Any,
+        ran: list[Ran] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ``batch`` on every rank; the gradients of this rank's stages, times ``scale``, are added to their
+        ``.grad``, or used up by ``optimizer`` where the program updates weights.
 
         ``ran`` gets this rank's instructions with the times at which they began and ended.
         """
         self._check_alive()
         microbatches = split(batch, self._microbatches, uneven=True)
-        self._executor.begin(microbatches)
+        self._executor.begin(microbatches, scale)
         self._apart.begin()
         if self._versions is not None:
             self._versions.begin(optimizer)
