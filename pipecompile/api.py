@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.capture import Loss, untouched
+from pipecompile.capture import Loss, copied, untouched
 from pipecompile.compare import differences, gradients, gradients_aside, worst
 from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import Weigh, compile_model
@@ -85,7 +85,7 @@ def compile(
     )
 
     def files() -> str:
-        microbatch = split(batch, microbatches)[0]
+        microbatch = copied(split(batch, microbatches)[0])
         price = _price(costs, model, microbatch, device, progress)
         compiled = compile_model(model, microbatch, loss, price, options, _weigh(costs, model, microbatch))
         note = _check(compiled, model, microbatch, loss) if check else "not checked against the unsplit model"

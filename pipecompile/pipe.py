@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipecompile.build import write_build
-from pipecompile.capture import Loss, Step
+from pipecompile.capture import Loss, Step, copied
 from pipecompile.check_batch import check_batch
 from pipecompile.errors import BuildError
 from pipecompile.ir import Forecast, Program
@@ -336,12 +336,13 @@ class Pipe:
         """The same step on the unsplit ``model``: gradient accumulation over the same microbatches. Returns the loss.
 
         Random numbers are those of the pipe's step ``step``, the one that it took last unless given. ``others`` are the
-        batches of the replicas after the first.
+        batches of the replicas after the first. A model that changes its batch in place changes a copy.
         """
         number = max(self.steps - 1, 0) if step is None else step
         watch(model, self.plan.random)
         with own_streams():
-            microbatches = [m for each in (batch, *others) for m in split(each, self.plan.microbatches, uneven=True)]
+            batches = map(copied, (batch, *others))
+            microbatches = [m for each in batches for m in split(each, self.plan.microbatches, uneven=True)]
             return self._accumulate(Step(model, self.loss), microbatches, number)
 
     def _accumulate(self, step: Step, microbatches: list[Any], number: int) -> Tensor:

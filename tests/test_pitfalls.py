@@ -1,6 +1,6 @@
 """What goes wrong when a model is captured: one small model for each pitfall.
 
-Each is exact with its remedy, or refused by name.
+Each is exact with its remedy, or refused by name. What is changed in place has a file of its own (test_in_place).
 """
 
 from __future__ import annotations
@@ -37,28 +37,6 @@ class Net(nn.Module):
         return x
 
 
-class InPlaceOnViews(Net):
-    def between(self, x: Tensor, index: int) -> Tensor:
-        x = x * 1.5
-        x[:, :4].add_(1.0)
-        x[:, 4:].mul_(2.0)
-        return x
-
-
-class InPlaceOnReceived(Net):
-    """Every block begins by changing what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)) for _ in range(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * 1.0
-        for block in self.blocks:
-            x = block(x)
-        return x.square().mean()
-
-
 class TuplesAtCuts(Net):
     def between(self, x: Tensor, index: int) -> Tensor:
         left, right = x.chunk(2, dim=1)
@@ -91,18 +69,6 @@ class NoneOutput(Net):
     def between(self, x: Tensor, index: int) -> Tensor:
         first, _, second = self.pairs[index](x)
         return first + second
-
-
-class ShiftedInPlace(Net):
-    """Labels moved by one in place, then read by their first name; and index_put_."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        target = x.new_zeros(x.shape)
-        target[:, :-1] = x[:, 1:].clone()
-        target[x > 1.0] = 0.5
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return (x - target).square().mean()
 
 
 class Regions(Net):
@@ -184,20 +150,23 @@ class WithHeavy(Net):
         return self.middle(x) if index == 2 else x
 
 
-class LeakedByHook(WithHeavy):
-    """A hook takes a value from the middle of a module, and the loss reads it."""
+class LeakedByHook(Net):
+    """A hook takes a value from the middle of a module that is too small to be opened for balance; the loss reads it."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.pairs = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(6))
         self.seen: list[Tensor] = []
-        self.middle.inside[3].register_forward_hook(self.note)
+        self.pairs[2][0].register_forward_hook(self.note)
 
     def note(self, module: nn.Module, args: Any, result: Tensor) -> None:
         self.seen.append(result)
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.clear()
-        loss = super().forward(x) + self.seen[0].abs().mean()
+        for pair in self.pairs:
+            x = pair(x)
+        loss = x.square().mean() + self.seen[0].abs().mean()
         self.seen.clear()
         return loss
 
@@ -314,9 +283,9 @@ class OddOperations(Net):
 
 
 EXACT = [
-    InPlaceOnViews, InPlaceOnReceived, TuplesAtCuts, ReturnsItsInput, NoneOutput, ShiftedInPlace, Regions, LeakedByHook,
-    TwoKinds, OddNames, CustomInModules, Checkpointed, ReentrantCheckpointed, ReplacedBuffer, MaskWhenExporting,
-    ReadsOnlyTheType, NoiseForAll, OddOperations, FailsWhenExported,
+    TuplesAtCuts, ReturnsItsInput, NoneOutput, Regions, LeakedByHook, TwoKinds, OddNames, CustomInModules, Checkpointed,
+    ReentrantCheckpointed, ReplacedBuffer, MaskWhenExporting, ReadsOnlyTheType, NoiseForAll, OddOperations,
+    FailsWhenExported,
 ]  # fmt: skip
 
 

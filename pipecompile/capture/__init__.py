@@ -43,12 +43,12 @@ from pipecompile.capture.sizes import (
     values,
 )
 from pipecompile.capture.state import untouched
-from pipecompile.capture.step import Loss, Step, default_loss
+from pipecompile.capture.step import Loss, Step, copied, default_loss
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.errors import CaptureError, PipecompileError
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
 
-__all__ = ["Loss", "Step", "batch_norm_note", "capture", "default_loss", "untouched"]
+__all__ = ["Loss", "Step", "batch_norm_note", "capture", "copied", "default_loss", "untouched"]
 
 MODEL = "model."
 
@@ -64,7 +64,7 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     step = Step(model, loss)
     hidden = _matching(model, opaque) | _recurrent(model)
     notes = _disable_cache(model) + _coupled(model, hidden)
-    seen = _observe(step, model, _copy(batch))
+    seen = _observe(step, model, copied(batch))
     notes += seen.notes
     fixed: dict[str, str] = {}
     while True:
@@ -110,7 +110,7 @@ def _with_sizes(task: Task, open_: Labels, fixed: dict[str, str]) -> Graph:
     shapes = OpaqueShapes([])
     if task.opaque and open_:
         shapes = OpaqueShapes.of(
-            task.batch, open_, task.seen, lambda batch: _observe(task.step, task.model, _copy(batch))
+            task.batch, open_, task.seen, lambda batch: _observe(task.step, task.model, copied(batch))
         )
     first: CaptureError | None = None
     for around in (nullcontext, told_that_it_is_not_exported):
@@ -171,11 +171,6 @@ def _trace(task: Task, open_: Labels, fixed: dict[str, str], shapes: OpaqueShape
     return _read(program, task, open_, fixed, recorder, places)
 
 
-def _copy(batch: Any) -> Any:
-    """The batch with each tensor a tensor of its own, so that two leaves are never taken for one."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
-
-
 def _disable_cache(model: nn.Module) -> list[str]:
     found = False
     for module in model.modules():
@@ -218,7 +213,7 @@ def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:
 
 def _export(task: Task, open_: Labels, recorder: Recorder) -> ExportedProgram:
     model = task.model
-    batch = traced_with(_copy(task.batch), open_)
+    batch = traced_with(copied(task.batch), open_)
     shapes = (dynamic_shapes(batch, open_),) if open_ else None
     try:
         with untouched(model), straight_through(recorder), recorder.around(model), _gradients_kept(model):

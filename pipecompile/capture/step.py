@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from pipecompile.errors import CaptureError
 
 Loss = Callable[[nn.Module, Any], Any]
+
+
+def copied(batch: Any) -> Any:
+    """The batch with each tensor a tensor of its own, so that two leaves are never taken for one, nor changed by a model."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
 def default_loss(model: nn.Module, batch: Any) -> Any:
