@@ -14,7 +14,7 @@ from pipecompile.passes.storage import roots
 class StageBody:
     """A stage before it is source: its nodes in program order, those it computes for itself, and its batch inputs.
 
-    ``copied`` are received values that it changes in place and therefore copies first. ``recomputed`` are the names of the
+    ``copied`` are received values and parts of the batch that it changes in place and therefore copies first. ``recomputed`` are the names of the
     calls that run again in the backward.
     """
 
@@ -63,7 +63,7 @@ def assemble(
         plan = _plan(graph, s, nodes, replicated, inputs, outputs)
         needed = set(reads) | {name for node in replicated for name in node.reads}
         batch = tuple(value for value in graph.inputs if value.name in needed)
-        bodies.append(StageBody(plan, tuple(nodes), replicated, batch, _copied(graph, nodes, inputs)))
+        bodies.append(StageBody(plan, tuple(nodes), replicated, batch, _copied(graph, nodes, (*inputs, *batch))))
     whole = _with_shared(graph, _with_leftovers(graph, bodies))
     again = frozenset(recomputed)
     return tuple(
@@ -111,10 +111,10 @@ def _replicated(graph: Graph, reads: Iterable[str], producer: Mapping[str, str])
     return tuple(kept[::-1])
 
 
-def _copied(graph: Graph, nodes: list[Node], inputs: list[Port]) -> tuple[str, ...]:
+def _copied(graph: Graph, nodes: list[Node], given: Iterable[Port | Value]) -> tuple[str, ...]:
     root = roots(graph, list(graph.nodes))
     written = {root.get(name, name) for node in nodes for name in node.writes}
-    return tuple(port.name for port in inputs if root.get(port.name, port.name) in written)
+    return tuple(value.name for value in given if root.get(value.name, value.name) in written)
 
 
 def _plan(

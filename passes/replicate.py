@@ -56,13 +56,15 @@ def _flops(node: Node) -> int:
 
 
 def _written_groups(graph: Graph) -> list[set[str]]:
-    """For each storage that is changed in place: the nodes that make, view or change it (and a mark if it is an input)."""
+    """For each storage that is changed in place: the nodes that make, view or change it; of an input those that read it,
+    and a mark."""
     root = {value.name: value.storage or value.name for node in graph.nodes for value in node.outputs}
     inputs = {value.name for value in graph.inputs}
     written = {root.get(name, name) for node in graph.nodes for name in node.writes}
     groups: dict[str, set[str]] = {name: {"an input"} if name in inputs else set() for name in written}
     for node in graph.nodes:
         touched = {root[value.name] for value in node.outputs} | {root.get(name, name) for name in node.writes}
+        touched |= {root.get(name, name) for name in node.reads} & inputs
         for storage in touched & written:
             groups[storage].add(node.name)
     return list(groups.values())

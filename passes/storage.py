@@ -2,7 +2,9 @@
 
 A value that an operation changes in place may be cut from its maker only if nobody later reads the old name: the reader's
 stage then changes a copy of its own. Otherwise everything from the maker to the last writer stays in one stage, and
-readers under old names come after the writers. A buffer that the step changes stays with all that use it.
+readers under old names come after the writers. Who reads before a write is in no later stage than the writer, which may
+be the maker's. Every rank has a batch of its own, so what reads an old name of it stays with the writer. A buffer that the
+step changes stays with all that use it.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ def storage_constraints(graph: Graph, nodes: list[Node], replicated: frozenset[s
     inputs = {value.name for value in graph.inputs}
     for storage, writers in _written(root, nodes, replicated).items():
         touching = _touching(nodes, root, storage)
-        if storage not in inputs and not _old_name_read(nodes, root, storage, writers):
+        order += [(nodes[r].name, nodes[w].name) for w in writers for r in touching if r < w]
+        late = _readers_of_old_names(nodes, root, storage, writers)
+        if storage not in inputs and not late:
             continue
         last = max(writers)
-        together.append(tuple(nodes[i].name for i in touching if i <= last and nodes[i].name not in replicated))
+        kept = [i for i in touching if i <= last or (storage in inputs and i in late)]
+        together.append(tuple(nodes[i].name for i in kept if nodes[i].name not in replicated))
         order += [(nodes[w].name, nodes[r].name) for w in writers for r in touching if r > w]
     return tuple(group for group in together if len(group) > 1), tuple(dict.fromkeys(order))
 
@@ -82,11 +87,12 @@ def _touching(nodes: list[Node], root: dict[str, str], storage: str) -> list[int
     ]
 
 
-def _old_name_read(nodes: list[Node], root: dict[str, str], storage: str, writers: list[int]) -> bool:
-    """Whether, after a write, a name that was made before it is read again by a later node."""
+def _readers_of_old_names(nodes: list[Node], root: dict[str, str], storage: str, writers: list[int]) -> set[int]:
+    """The nodes that, after a write, read a name that was made before it."""
+    found = set()
     for writer in writers:
         before = {storage} | {value.name for node in nodes[:writer] for value in node.outputs}
-        for node in nodes[writer + 1 :]:
+        for index, node in enumerate(nodes[writer + 1 :], writer + 1):
             if any(name in before and root.get(name, name) == storage for name in node.reads):
-                return True
-    return False
+                found.add(index)
+    return found
