@@ -1,9 +1,9 @@
 """Our runtime beside ``torch.distributed.pipelining``: ``python benchmarks/runtime.py [--json] [--only WORD] [--steps N]``.
 
-Two real processes of one host, one thread each; the same four blocks, the same split, the same schedule and microbatches,
-steps of each in turn, the medians of paired ratios; before they are timed, their gradients are compared. Our messages go
-through shared memory, as they do between processes of one host; ``gloo_s`` are the same steps with our messages through
-gloo, which torch's always take. ``small`` takes about 0.15 ms for the forward of a stage and microbatch, ``big`` 5 ms.
+Two real processes of one host for each, one thread a process; the same four blocks, the same split, the same schedule and
+microbatches, steps of each in turn while the others wait, the medians of paired ratios; before they are timed, their
+gradients are compared. Our messages go through shared memory, as they do between processes of one host; ``gloo_s`` are
+the same steps with our messages through gloo, which torch's always take. ``small`` takes about 0.15 ms for the forward of a stage and microbatch, ``big`` 5 ms.
 ``ideal_s`` is the makespan of our own compute times, each the median of what ran, if messages took no time. torch's
 interleaved zero bubble has two stages a rank; beside it stands our zb-h1 with the same blocks, two in a stage.
 ``accumulation_s``: one process with as many threads, gradient accumulation, no pipeline. The exit code is 1 if a ratio
@@ -13,6 +13,7 @@ is above its bar: 0.6 for small cases, 0.9 for big ones, and 1.2 over the ideal 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -186,14 +187,69 @@ def _gradients(blocks: Iterable[tuple[int, nn.Module]]) -> dict[str, Tensor]:
     return {f"{i} {name}": p.grad for i, b in blocks for name, p in b.named_parameters() if p.grad is not None}
 
 
-def compare(ours: Ours, torchs: Torchs) -> None:
-    """SystemExit unless the blocks that this rank has in both have the same gradients."""
-    mine, theirs = ours.gradients(), torchs.gradients()
-    both = mine.keys() & theirs.keys()
-    if not both:
-        raise SystemExit("the two runtimes have no block in common on this rank: nothing can be compared")
-    for name in both:
-        if (mine[name] - theirs[name]).abs().max() > 1e-5 * theirs[name].abs().max():
+class Pair:
+    """Two processes with one of the runtimes, which wait without work until they are asked."""
+
+    def __init__(self, kind: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        spawn = mp.get_context("spawn")
+        self._ends = []
+        for rank in range(RANKS):
+            end, other = spawn.Pipe()
+            spawn.Process(target=work, args=(rank, kind, port, other), daemon=True).start()
+            other.close()
+            self._ends.append(end)
+
+    def end(self) -> None:
+        for end in self._ends:
+            end.send(("end", ()))
+
+    def ask(self, question: str, *arguments: Any) -> list[Any]:
+        """What each rank answers."""
+        for end in self._ends:
+            end.send((question, arguments))
+        try:
+            return [end.recv() for end in self._ends]
+        except EOFError as error:
+            raise SystemExit(f"a process ended when it was asked to {question}; see what it printed above") from error
+
+
+def work(rank: int, kind: str, port: int, end: Any) -> None:
+    """A process of a pair."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    torch.set_num_threads(1)
+    connect(timeout_s=60)
+    runner: Any = None
+    batch: dict[str, Tensor] = {}
+    while True:
+        question, arguments = end.recv()
+        if question == "make":
+            schedule, name, microbatches = arguments
+            size = SIZES[name]
+            torch.manual_seed(99)
+            shape = (size.rows * microbatches, size.width)
+            batch = {"x": torch.randn(shape), "y": torch.randn(shape)}
+            runner = RUNNERS[kind](rank, schedule, size, microbatches)
+            end.send(None)
+        elif question == "step":
+            end.send(seconds(runner, batch))
+        elif question == "show gradients":
+            end.send({name: value.numpy() for name, value in runner.gradients().items()})
+        elif question == "tell the ideal":
+            end.send(runner.ideal_s(batch))
+        else:
+            os._exit(0)
+
+
+def compare(mine: list[Any], theirs: list[Any]) -> None:
+    """SystemExit unless the gradients of two pairs, a dict of each rank, are the same."""
+    ours, torchs = ({name: value for rank in pair for name, value in rank.items()} for pair in (mine, theirs))
+    if ours.keys() != torchs.keys() or not ours:
+        raise SystemExit("the two runtimes do not have the same blocks: nothing can be compared")
+    for name, value in torchs.items():
+        if abs(ours[name] - value).max() > 1e-5 * abs(value).max():
             raise SystemExit(f"the gradients of block {name} differ: the two do not compute the same")
 
 
@@ -208,30 +264,25 @@ def seconds(runner: Ours | Torchs, batch: dict[str, Tensor]) -> float:
     return took.item()
 
 
-def measure(rank: int, schedule: str, name: str, microbatches: int, steps: int) -> dict[str, Any]:
-    size = SIZES[name]
-    torch.manual_seed(99)
-    shape = (size.rows * microbatches, size.width)
-    batch = {"x": torch.randn(shape), "y": torch.randn(shape)}
-    case = (rank, schedule, size, microbatches)
-    ours, gloo, torchs = Ours(*case), Ours(*case, shared_memory=False), Torchs(*case)
-    every = (ours, torchs, gloo)
-    for runner in every:
+def measure(pairs: dict[str, Pair], schedule: str, name: str, microbatches: int, steps: int) -> dict[str, Any]:
+    for pair in pairs.values():
+        pair.ask("make", schedule, name, microbatches)
         for _ in range(3):
-            seconds(runner, batch)
-    compare(ours, torchs)
-    compare(gloo, torchs)
-    times = [[seconds(runner, batch) for runner in every] for _ in range(steps)]
+            pair.ask("step")
+    gradients = {kind: pair.ask("show gradients") for kind, pair in pairs.items()}
+    compare(gradients["ours"], gradients["torch"])
+    compare(gradients["gloo"], gradients["torch"])
+    times = [{kind: max(pair.ask("step")) for kind, pair in pairs.items()} for _ in range(steps)]
     return {
         "schedule": schedule,
         "size": name,
         "microbatches": microbatches,
-        "ours_s": statistics.median(mine for mine, _, _ in times),
-        "torch_s": statistics.median(theirs for _, theirs, _ in times),
-        "ratio": statistics.median(mine / theirs for mine, theirs, _ in times),
-        "ideal_s": ours.ideal_s(batch),
-        "gloo_s": statistics.median(slow for _, _, slow in times),
-        "gloo_ratio": statistics.median(slow / theirs for _, theirs, slow in times),
+        "ours_s": statistics.median(one["ours"] for one in times),
+        "torch_s": statistics.median(one["torch"] for one in times),
+        "ratio": statistics.median(one["ours"] / one["torch"] for one in times),
+        "ideal_s": pairs["ours"].ask("tell the ideal")[0],
+        "gloo_s": statistics.median(one["gloo"] for one in times),
+        "gloo_ratio": statistics.median(one["gloo"] / one["torch"] for one in times),
     }
 
 
@@ -251,16 +302,7 @@ def accumulation_s(name: str, microbatches: int, steps: int) -> float:
     return statistics.median(took[2:])
 
 
-def work(rank: int, port: int, chosen: list[tuple[str, str, int]], steps: int, results: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    torch.set_num_threads(1)
-    connect(timeout_s=60)
-    for case in chosen:
-        found = measure(rank, *case, steps if case[1] == "small" else max(steps // 4, 3))
-        if rank == 0:
-            results.put(found)
-    dist.barrier()
-    os._exit(0)
+RUNNERS = {"ours": Ours, "torch": Torchs, "gloo": functools.partial(Ours, shared_memory=False)}
 
 
 def main() -> int:
@@ -273,14 +315,10 @@ def main() -> int:
     options = parser.parse_args()
     every = [(schedule, size, m) for size in SIZES for schedule in SCHEDULES for m in (8, 32)]
     chosen = [case for case in every if options.only in " ".join(map(str, case))]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    started = mp.spawn(work, (port, chosen, options.steps, results), nprocs=RANKS, join=False)
+    pairs = {kind: Pair(kind) for kind in RUNNERS}
     cases = []
-    for _ in chosen:
-        case = results.get()
+    for one in chosen:
+        case = measure(pairs, *one, options.steps if one[1] == "small" else max(options.steps // 4, 3))
         cases.append(case)
         if not options.json:
             print(
@@ -290,7 +328,8 @@ def main() -> int:
                 f"ratio {case['gloo_ratio']:.3f}",
                 flush=True,
             )
-    started.join()
+    for pair in pairs.values():
+        pair.end()
     alone = [
         {"size": size, "microbatches": m, "accumulation_s": accumulation_s(size, m, 5)}
         for size, m in sorted({(size, m) for _, size, m in chosen})

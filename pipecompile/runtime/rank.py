@@ -19,6 +19,7 @@ from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
 from pipecompile.runtime.executor import Executor, Ran, Step, timed, told
 from pipecompile.runtime.faults import check_in
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
+from pipecompile.runtime.heap import keep_freed_memory
 from pipecompile.runtime.links import wait_for
 from pipecompile.runtime.main_gradients import no_gradient
 from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, STEP, SUMMING
@@ -73,6 +74,7 @@ class RankRuntime:
         name = f"pipecompile/runtime/{next(_made)}"
         check_in(store, world.process, world.processes, name, timeout_s)
         outlive_sigterm()
+        keep_freed_memory()
         self._sentry = Sentry(store, name, program, world.process, world.processes, timeout_s)
         self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
         meeting = Meeting(store, f"{name}/{world.replica}", self._timeout, world, shared_memory)
