@@ -3,7 +3,7 @@
 A channel never waits behind another. Which sends have arrived is known from the program, at its receives.
 
     channel 0>1 F     SharedSender ──────▶ SharedReceiver        one host, CPU
-    channel 1>2 F     GroupSender ═══════▶ GroupReceiver         two hosts, or CUDA
+    channel 1>2 F     GroupSender ═══════▶ GroupReceiver         two hosts, or CUDA (ends.py)
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipecompile.ir import RECEIVES, Program, Spec
 from pipecompile.ir.lifetimes import Arrivals, Channel, arrivals, most_on_the_way
-from pipecompile.runtime.links import GroupReceiver, GroupSender, Receiver, Sender, Specs
+from pipecompile.runtime.ends import Ends
+from pipecompile.runtime.links import Receiver, Sender, Specs
 from pipecompile.runtime.messages import Message, Plans, channels, message_of
 from pipecompile.runtime.replicas import World
 from pipecompile.runtime.shared_memory import SharedReceiver, SharedSender, host, meet
@@ -64,6 +65,7 @@ class Channels:
         device: torch.device,
         meeting: Meeting,
         told: Sequence[tuple[int, Spec]] = (),
+        ends: Ends | None = None,
     ) -> None:
         found = contents(program, plans)
         over = arrivals(program)
@@ -76,7 +78,7 @@ class Channels:
         found |= self._tells
         near = [c for c in found if hosts[c[0]] and hosts[c[0]] == hosts[c[1]]]
         self._share({c: found[c] for c in near}, slots, rank, hosts, meeting)
-        self._group({c: found[c] for c in found if c not in near}, device, meeting)
+        self._group({c: found[c] for c in found if c not in near}, slots, ends or Ends.of(device), meeting)
         self._ends: tuple[Sender | Receiver, ...] = (*self._senders.values(), *self._receivers.values())
         self._receives = self._plan_receives(program, rank, plans, over)
         self._next = iter(self._receives)
@@ -102,7 +104,9 @@ class Channels:
         for c in incoming:
             self._receivers[c] = SharedReceiver(connections[c], c[0], found[c], slots[c], meeting.timeout, spin)
 
-    def _group(self, found: dict[Channel, list[Specs]], device: torch.device, meeting: Meeting) -> None:
+    def _group(
+        self, found: dict[Channel, list[Specs]], slots: dict[Channel, int], ends: Ends, meeting: Meeting
+    ) -> None:
         """Ends of groups, connected in the one order in which all ranks list them, those of all replicas made by all."""
         world, rank, timeout = meeting.world, meeting.world.rank, meeting.timeout
         groups = {}
@@ -110,15 +114,15 @@ class Channels:
             group = dist.new_group(world.processes_of(channel[:2], replica), timeout=timeout)
             if replica == world.replica:
                 groups[channel] = group
-        token = torch.zeros(1, device=device)
+        token = torch.zeros(1, device=ends.device)
         for channel, messages in found.items():
             source, target, _ = channel
             if rank == source:
-                sender = GroupSender(groups[channel], int(source > target), target, messages, timeout)
+                sender = ends.sender(channel, groups[channel], messages, timeout, slots[channel])
                 sender.warm_up(token)
                 self._senders[channel] = sender
             elif rank == target:
-                receiver = GroupReceiver(groups[channel], int(target > source), source, messages, timeout, device)
+                receiver = ends.receiver(channel, groups[channel], messages, timeout)
                 receiver.warm_up(token)
                 self._receivers[channel] = receiver
 
@@ -130,6 +134,10 @@ class Channels:
                 arrived = tuple((self._senders[c], count) for c, count in over[rank, position].items())
                 planned.append(Receive(self._receivers[channel], arrived))
         return planned
+
+    def __len__(self) -> int:
+        """How many channels begin or end here."""
+        return len(self._ends)
 
     def resize(self, carried: Contents) -> None:
         """From the next step on messages carry this; all ranks must call it before that step."""

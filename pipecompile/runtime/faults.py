@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from pipecompile.errors import RuntimeFault
+from pipecompile.runtime.stream_links import set_up_nccl
 
 STORE_SECONDS = 3.0
 """How long a failing rank tries to reach the store, which may be gone with the process that held it."""
@@ -79,6 +80,8 @@ def check_in(store: Any, rank: int, ranks: int, what: str, timeout_s: float) -> 
 def connect(backend: str = "gloo", timeout_s: float = 300.0) -> None:
     """Join the process group that torchrun's environment describes; RuntimeFault names ranks that are missing."""
     limit = timedelta(seconds=timeout_s)
+    if "nccl" in backend:
+        set_up_nccl()
     try:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

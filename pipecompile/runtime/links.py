@@ -98,7 +98,8 @@ class GroupSender:
 
     def arrived(self, count: int) -> None:
         for _ in range(count):
-            wait_for_all(self._sent.popleft()[0], self._timeout, self._peer)
+            self._wait(self._sent[0][0])
+            self._sent.popleft()
 
     def end(self) -> None:
         self.arrived(len(self._sent))
@@ -110,6 +111,9 @@ class GroupSender:
     def warm_up(self, token: Tensor) -> None:
         """Connect; the other end must do the same now."""
         wait_for_all([self._start(token)], self._timeout, self._peer)
+
+    def _wait(self, works: list[Any]) -> None:
+        wait_for_all(works, self._timeout, self._peer)
 
     def _start(self, tensor: Tensor) -> Any:
         try:
@@ -149,8 +153,12 @@ class GroupReceiver:
         following = next(self._next, None)
         if following is not None:
             self._post(following)
+        return self._arrived()
+
+    def _arrived(self) -> Sequence[Value]:
+        """The next message that was posted."""
         works, values = self._posted.popleft()
-        wait_for_all(works, self._timeout, self._peer)
+        self._wait(works)
         return values
 
     def end(self) -> None:
@@ -165,13 +173,16 @@ class GroupReceiver:
         wait_for_all([self._start(token)], self._timeout, self._peer)
 
     def _post(self, specs: Specs) -> None:
-        values = [None if spec.dtype == "none" else _empty(spec, self._device) for spec in specs]
+        values = [empty(spec, self._device) for spec in specs]
         works = [
             self._start(as_it_lies(value, spec))
             for value, spec in zip(values, specs)
             if value is not None and value.numel()
         ]
         self._posted.append((works, values))
+
+    def _wait(self, works: list[Any]) -> None:
+        wait_for_all(works, self._timeout, self._peer)
 
     def _start(self, tensor: Tensor) -> Any:
         try:
@@ -180,20 +191,23 @@ class GroupReceiver:
             raise broken(f"rank {self._peer}") from error
 
 
-def wait_for_all(works: list[Any], timeout: timedelta, peer: int) -> None:
-    """Wait for pieces of communication with rank ``peer``."""
+def wait_for_all(works: list[Any], timeout: timedelta | None, peer: int) -> None:
+    """Wait for pieces of communication with rank ``peer``, as ``wait_for`` does."""
     while works:
         wait_for(works.pop(), timeout, f"rank {peer}")
 
 
-def wait_for(work: Any, timeout: timedelta, whom: str) -> None:
-    """Wait for a piece of communication; PeerFault says whether ``whom`` is late or gone."""
+def wait_for(work: Any, timeout: timedelta | None, whom: str) -> None:
+    """Wait for a piece of communication; PeerFault says whether ``whom`` is late or gone.
+
+    Without a timeout the device's current stream waits and the host goes on, where communication runs on the device.
+    """
     started = time.monotonic()
     try:
-        work.wait(timeout)
+        work.wait() if timeout is None else work.wait(timeout)
     except RuntimeError as error:
         del work  # it keeps its connection open
-        if time.monotonic() - started >= 0.99 * timeout.total_seconds():
+        if timeout is not None and time.monotonic() - started >= 0.99 * timeout.total_seconds():
             raise late(whom, timeout) from error
         raise broken(whom) from error
 
@@ -212,7 +226,9 @@ def as_it_lies(value: Tensor, spec: Spec) -> Tensor:
     return value.permute(spec.order) if spec.order else value
 
 
-def _empty(spec: Spec, device: torch.device) -> Tensor:
+def empty(spec: Spec, device: torch.device) -> Value:
     """Memory laid out as it was when the model was compiled: another layout means other kernels, and other last bits."""
+    if spec.dtype == "none":
+        return None
     order = spec.order or tuple(range(len(spec.shape)))
     return torch.empty_permuted(spec.shape, order, dtype=getattr(torch, spec.dtype), device=device)

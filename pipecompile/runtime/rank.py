@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -13,14 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipecompile.errors import ProgramError, RuntimeFault
-from pipecompile.ir import Program, Spec, StagePlan, Value
+from pipecompile.ir import Instruction, Program, Spec, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
+from pipecompile.runtime.device_progress import DeviceWatch, waiting_places
+from pipecompile.runtime.ends import Ends
 from pipecompile.runtime.executor import Executor, Ran, Step, timed, told
 from pipecompile.runtime.faults import check_in
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.heap import keep_freed_memory
-from pipecompile.runtime.links import wait_for
+from pipecompile.runtime.links import broken, late, wait_for
 from pipecompile.runtime.main_gradients import no_gradient
 from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, STEP, SUMMING
 from pipecompile.runtime.messages import Plans, by_index
@@ -29,6 +33,8 @@ from pipecompile.runtime.replicas import ReplicaSums, World, groups_of, start_eq
 from pipecompile.runtime.sentry import Sentry
 from pipecompile.runtime.sigterm import outlive_sigterm
 from pipecompile.runtime.sizes import MOST, StepSizes, StepSizesOf, plans_at
+from pipecompile.runtime.stream_channels import StreamChannels
+from pipecompile.runtime.stream_links import check_queues, leave
 from pipecompile.runtime.versions import Versions
 from pipecompile.runtime.wiring import Reduce, wire
 
@@ -69,6 +75,7 @@ class RankRuntime:
         self._timeout = timedelta(seconds=timeout_s)
         self._microbatches = program.shape.microbatches
         self._failed = ""
+        self._failure: RuntimeFault | None = None
         row = wire(program, rank, stages, found, loss, weight)
         store = dist.distributed_c10d._get_default_store()
         name = f"pipecompile/runtime/{next(_made)}"
@@ -78,9 +85,17 @@ class RankRuntime:
         self._sentry = Sentry(store, name, program, world.process, world.processes, timeout_s)
         self._totals = [_maker(program, found, name) for name in filter(None, (loss, weight))]
         meeting = Meeting(store, f"{name}/{world.replica}", self._timeout, world, shared_memory)
-        self._channels = Channels(program, rank, found, self._device, meeting, self._totals)
+        ends = Ends.of(self._device)
+        self._on_device = ends.on_device
+        self._limit = None if ends.on_device else self._timeout
+        channels = StreamChannels if ends.on_device else Channels
+        self._channels = channels(program, rank, found, self._device, meeting, self._totals, ends)
         self._reducing = _reduce_groups(program, world, self._timeout)
         self._everyone, self._replicas = groups_of(world, self._device, self._timeout)
+        if ends.on_device:
+            check_queues(len(self._channels) + len(self._reducing) + 1 + (self._replicas is not None))
+        self._failing = threading.Lock()
+        self._watch = self._watched(ends, program.rows[rank], timeout_s)
         self._sizes_of = StepSizesOf(inputs)
 
         def wired(sizes: StepSizes) -> tuple[list[Step], Contents]:
@@ -94,7 +109,7 @@ class RankRuntime:
         self._shared = shared_parameters(stages, found)
         elsewhere = {name for one in program.rows[rank] if one.op == "REDUCE_GRAD" for name in one.values}
         tied = [p for name, copies in self._shared.items() if name in elsewhere for p in copies]
-        self._sums_over_replicas = ReplicaSums(self._replicas, stages, program.rows[rank], tied, self._timeout)
+        self._sums_over_replicas = ReplicaSums(self._replicas, stages, program.rows[rank], tied, self._limit)
         reduce: dict[str, Callable[[Any], None]] = {
             "REDUCE_GRAD": self._reduce,
             "REDUCE_REPLICAS": self._sums_over_replicas.start,
@@ -135,6 +150,8 @@ class RankRuntime:
         words = self._sentry.words
         words[STEP] += 1
         words[PLACE] = BEGINNING
+        if self._watch is not None:
+            self._watch.begin()
         try:
             if (sizes := self._sizes_of(microbatches)) != self._sizes:
                 self._executor.steps, carried = self._wired(sizes)
@@ -142,15 +159,48 @@ class RankRuntime:
                 self._sizes = sizes
             self._channels.begin()
             steps = self._executor.steps
-            for step in steps if ran is None else [timed(step, ran) for step in steps]:
-                words[PLACE] = step.position
-                step.handler(step.operand)
-            words[PLACE] = len(steps)
-            value = self._finish()
+            if self._watch is not None:
+                value = self._step_on_device(self._watch, steps, ran)
+            else:
+                for step in steps if ran is None else [timed(step, ran) for step in steps]:
+                    words[PLACE] = step.position
+                    step.handler(step.operand)
+                words[PLACE] = len(steps)
+                value = self._finish()
         except Exception as error:
             raise self._fail(error) from error
-        words[PLACE] = OUTSIDE
+        finally:
+            self._leave()
         return value
+
+    def _step_on_device(self, watch: DeviceWatch, steps: list[Step], ran: list[Ran] | None) -> Tensor:
+        """Launch the step, and wait until the device has done it: what fails there is this step's error."""
+        watch.launch(steps)
+        value = self._finish()
+        watch.finish(lambda: bool(self._failed))
+        if self._failed:
+            raise RuntimeFault(self._failed)
+        if ran is not None:
+            ran += watch.times(steps)
+        return value
+
+    def _leave(self) -> None:
+        if self._watch is not None:
+            self._watch.leave()
+        self._sentry.words[PLACE] = OUTSIDE
+
+    def _watched(self, ends: Ends, row: Sequence[Instruction], timeout_s: float) -> DeviceWatch | None:
+        """What shows where the device is; None on the CPU, where the host is."""
+        if ends.module is None:
+            return None
+        words, trouble = self._sentry.words, self._sentry.trouble
+        watch = DeviceWatch(ends.module, words, waiting_places(row), timeout_s, trouble, self._fault_on_device)
+        watch.start()
+        weakref.finalize(self, watch.stop.set)
+        return watch
+
+    def _fault_on_device(self, late_: bool) -> None:
+        self._fail(late("the ranks that it receives from", self._timeout) if late_ else broken("another rank"))
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of what all ranks give, in place; every rank must call it at the same point."""
@@ -161,7 +211,8 @@ class RankRuntime:
             wait_for(work, self._timeout, "the other ranks, which must call this too")
         except Exception as error:
             raise self._fail(error) from error
-        self._sentry.words[PLACE] = OUTSIDE
+        finally:
+            self._sentry.words[PLACE] = OUTSIDE
         return tensor
 
     def _check_alive(self) -> None:
@@ -170,7 +221,7 @@ class RankRuntime:
 
     def _finish(self) -> Tensor:
         for work, copies, gradient in self._sums:
-            wait_for(work, self._timeout, "the ranks that share a parameter")
+            wait_for(work, self._limit, "the ranks that share a parameter")
             share(copies, gradient)
         self._sums = []
         self._sums_over_replicas.finish()
@@ -188,10 +239,10 @@ class RankRuntime:
         if value is None:
             value = torch.empty((), dtype=getattr(torch, spec.dtype), device=self._device) if mine is None else mine
             work = dist.broadcast(value, src=self._world.process_of(rank), group=self._everyone, async_op=True)
-            wait_for(work, self._timeout, f"rank {rank}, which makes the loss, or another rank")
+            wait_for(work, self._limit, f"rank {rank}, which makes the loss, or another rank")
         if self._replicas is not None:
             value = value.clone()
-            wait_for(dist.all_reduce(value, group=self._replicas, async_op=True), self._timeout, "the other replicas")
+            wait_for(dist.all_reduce(value, group=self._replicas, async_op=True), self._limit, "the other replicas")
         return value
 
     def _reduce(self, op: Reduce) -> None:
@@ -207,9 +258,16 @@ class RankRuntime:
     def _sum_now(self, gradient: Tensor, ranks: tuple[int, ...]) -> None:
         """Add what the other ranks have, and wait for it."""
         work = dist.all_reduce(gradient, group=self._reducing[ranks], async_op=True)
-        wait_for(work, self._timeout, "the ranks that share a parameter")
+        wait_for(work, self._limit, "the ranks that share a parameter")
 
     def _fail(self, error: Exception) -> RuntimeFault:
+        """The failure of this runtime: that of ``error``, unless it has failed before."""
+        with self._failing:
+            if self._failure is None:
+                self._failure = self._fail_first(error)
+        return self._failure
+
+    def _fail_first(self, error: Exception) -> RuntimeFault:
         """Make the first cause known, or hear of it, and let go of everyone who waits for this rank."""
         mine = f"{self._sentry.place()}: {told(error)}"
         self._failed, ours = self._sentry.first(mine, error)
@@ -219,12 +277,11 @@ class RankRuntime:
         self._channels.close()
         for group in (*self._reducing.values(), self._everyone, self._replicas):
             if group is not None:
-                dist.destroy_process_group(group)
+                leave(group, self._on_device)
         self._reducing, self._everyone, self._replicas = {}, None, None
         failure = RuntimeFault(self._failed)
         if not ours:
             failure.add_note(f"that ended {self._sentry.who} too: {mine}")
-        self._sentry.words[PLACE] = OUTSIDE
         return failure
 
 

@@ -86,7 +86,7 @@ class ReplicaSums:
         stages: Mapping[int, nn.Module],
         row: Sequence[Instruction],
         elsewhere: Iterable[Tensor],
-        timeout: timedelta,
+        timeout: timedelta | None,
     ) -> None:
         self._group, self._timeout = group, timeout
         taken = {id(p) for p in elsewhere}

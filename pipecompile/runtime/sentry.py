@@ -11,7 +11,7 @@ from pipecompile.errors import PeerFault
 from pipecompile.ir import Program
 from pipecompile.runtime.causes import Cause, Search
 from pipecompile.runtime.faults import STORE_SECONDS, FirstFault, kept_by_torchrun, within
-from pipecompile.runtime.marks import PLACE, STEP, Mark, SeenMark, see
+from pipecompile.runtime.marks import OUTSIDE, PLACE, STEP, Mark, SeenMark, see
 from pipecompile.runtime.places import place, who
 from pipecompile.runtime.pulse import Pulse, beat_key
 
@@ -76,6 +76,10 @@ class Sentry:
         if cause.silent and cause.process in self._marks:
             self._marks[cause.process].kill()
 
+    def trouble(self) -> bool:
+        """Whether another process has told its failure, or has ended before the end of this process's step."""
+        return self._failed() or any(mark.gone() and _within(mark, self.words[STEP]) for mark in self._marks.values())
+
     def _failed(self) -> bool:
         return bool(within(STORE_SECONDS, lambda: self._store.check([self._faults.key])))
 
@@ -84,6 +88,11 @@ class Sentry:
         keys = [beat_key(self._name, other) for other in range(self._processes)]
         texts = within(STORE_SECONDS, lambda: self._store.multi_get(keys)) or [b"0 0 0"] * len(keys)
         return [tuple(map(int, text.split())) for text in texts]
+
+
+def _within(mark: SeenMark, step: int) -> bool:
+    """Whether a process has not come to the end of ``step``."""
+    return mark.words[PLACE] != OUTSIDE or mark.words[STEP] < step
 
 
 def _end_silent(store: Any, key: str, marks: Mapping[int, SeenMark]) -> None:
