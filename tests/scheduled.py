@@ -1,16 +1,11 @@
-"""Pipelines of the shared models under every schedule: a model is compiled once, each schedule orders the same stages.
-
-``python -m torch.distributed.run --nproc-per-node 2 -m tests.scheduled FOLDER gpt2 t5`` is what test_schedules_processes
-starts: each process compares all that its rank holds and writes the differences it found.
-"""
+"""Pipelines of the shared models under every schedule: a model is compiled once, each schedule orders the same stages."""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +49,12 @@ def case(name: str, microbatches: int = MICROBATCHES) -> Case:
 
 
 @functools.cache
-def unsplit(name: str) -> Outcome:
-    return accumulate(*case(name), MICROBATCHES)
+def unsplit(name: str, steps: int = 1) -> Outcome:
+    """What so many steps in a row leave behind, the loss being the last one's."""
+    whole = case(name)
+    for _ in range(steps):
+        outcome = accumulate(*whole, MICROBATCHES)
+    return outcome
 
 
 @functools.cache
@@ -87,16 +86,19 @@ def under(schedule: str, name: str, ranks: int, microbatches: int = MICROBATCHES
     return pipecompile.Pipe(files, model, loss), (model, batch, loss)
 
 
-def check(schedule: str, name: str, ranks: int) -> None:
-    """One step; AssertionError where loss, buffers or gradients of this process's stages are not the unsplit model's."""
+def check(schedule: str, name: str, ranks: int, steps: int = 1) -> list[str]:
+    """The names of what this process's stages hold; AssertionError where loss, buffers or gradients are not the unsplit
+    model's."""
     pipe, (model, batch, _) = under(schedule, name, ranks)
-    value = pipe.step(batch)
+    for _ in range(steps):
+        value = pipe.step(batch)
     mine = {id(p) for stage in pipe.stages.values() for p in (*stage.parameters(), *stage.buffers())}
     names = {key for key, p in (*model.named_parameters(), *model.named_buffers()) if id(p) in mine}
     assert names, "this rank holds something"
-    assert_same(pipe, Outcome.of(model, value).only(names), unsplit(name).only(names))
+    assert_same(pipe, Outcome.of(model, value).only(names), unsplit(name, steps).only(names))
     strangers = {key for key, p in model.named_parameters() if p.grad is not None} - names
     assert not strangers, f"rank {pipe.rank} has gradients of parameters of other ranks: {sorted(strangers)}"
+    return sorted(names)
 
 
 def check_updates(schedule: str, name: str, ranks: int, microbatches: int, rule: Version | None = None) -> None:
@@ -138,29 +140,22 @@ def check_updates(schedule: str, name: str, ranks: int, microbatches: int, rule:
         assert error <= WEIGHTS, f"{key} differs by {error:.1e}"
 
 
-def main(folder: str, *names: str) -> None:
+def checked(rank: int, ranks: int, cases: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """What this rank holds for each (model, schedule); what is wrong instead, as one text that begins with WRONG."""
     from pipecompile.runtime import connect
 
-    torch.set_num_threads(1)
     for place, value in little_effort().items():
         module, attribute = place.split(".")
         setattr(sys.modules[f"pipecompile.passes.schedules.{module}"], attribute, value)
     connect(timeout_s=60)
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {}
-    for name in names:
-        for schedule in (*FLUSHING, *UPDATING):
-            try:
-                if schedule in FLUSHING:
-                    check(schedule, name, ranks)
-                else:
-                    check_updates(schedule, name, ranks, 8)
-                found[f"{name} {schedule}"] = ""
-            except AssertionError as error:
-                found[f"{name} {schedule}"] = str(error)
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for name, schedule in cases:
+        try:
+            if schedule in FLUSHING:
+                found[f"{name} {schedule}"] = check(schedule, name, ranks, steps=2)
+            else:
+                check_updates(schedule, name, ranks, 8)
+                found[f"{name} {schedule}"] = []
+        except AssertionError as error:
+            found[f"{name} {schedule}"] = [f"WRONG: {error}"]
+    return found

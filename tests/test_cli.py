@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipecompile.cli import main
+from tests.runtime.processes import run as run_ranks
 
 MODEL = """
 import torch
@@ -36,10 +39,14 @@ def optimizer(parameters):
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    (tmp_path / "model.py").write_text(MODEL)
-    words = [str(tmp_path / "model.py"), "--stages", "4", "--microbatches", "4", "--costs", "estimate"]
-    assert main([*words, "--out", str(tmp_path / "build")]) == 0
-    return tmp_path / "build"
+    return compiled(tmp_path, stages=4)
+
+
+def compiled(folder: Path, stages: int) -> Path:
+    (folder / "model.py").write_text(MODEL)
+    words = [str(folder / "model.py"), "--stages", str(stages), "--microbatches", "4", "--costs", "estimate"]
+    assert main([*words, "--out", str(folder / "build")]) == 0
+    return folder / "build"
 
 
 def one_object(text: str) -> dict:
@@ -125,26 +132,32 @@ def test_run_in_one_process(build: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert losses[-1] < losses[0]
 
 
-def test_run_and_torchrun_give_the_losses_of_one_process(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
+def test_run_starts_ranks_that_give_the_losses_of_one_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build = compiled(tmp_path, stages=2)
+    capfd.readouterr()
     assert main(["run", str(build), "--local", "--steps", "3", "--json"]) == 0
-    expected = one_object(capsys.readouterr().out)["losses"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "pipecompile"]
-    for words in (["-m", "pipecompile"], torchrun):
-        done = command(*words, "run", str(build), "--steps", "3", "--json")
-        assert done.returncode == 0, done.stderr
-        assert one_object(done.stdout)["losses"] == pytest.approx(expected, rel=1e-6)
+    expected = one_object(capfd.readouterr().out)["losses"]
+    assert main(["run", str(build), "--steps", "3", "--json"]) == 0
+    found = one_object(capfd.readouterr().out)
+    assert found["losses"] == pytest.approx(expected, rel=1e-6)
+    assert found["ranks"] == 2
+
+
+def refused(rank: int, build: str) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        return main(["run", build]), said.getvalue()
 
 
 def test_the_wrong_number_of_processes_is_refused(build: Path) -> None:
-    done = command(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipecompile", "run", str(build)
-    )
-    assert done.returncode != 0
-    assert (
-        "the program has 4 ranks, but 2 processes run; start it with torchrun --nproc-per-node 4, or a multiple"
-        in done.stderr
-    )
+    for code, said in run_ranks(refused, 2, str(build)):
+        assert code == 1
+        assert (
+            "the program has 4 ranks, but 2 processes run; start it with torchrun --nproc-per-node 4, or a multiple"
+            in said
+        )
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
+from pipecompile.runtime import connect
+from tests.runtime.processes import run
 from tests.test_scaling import ranks_scale_alike
 from tests.test_step_options import (
     assert_uneven_is_exact,
@@ -12,7 +12,6 @@ from tests.test_step_options import (
     ranks_train_masters,
 )
 from tests.test_training import tokens
-from tests.torchrun import torchrun
 
 
 def ranks_take_uneven_batches() -> None:
@@ -28,18 +27,14 @@ CASES = (
 )
 
 
-def test_every_case_in_two_processes() -> None:
-    printed = torchrun(2, "tests.test_training_processes", timeout_s=200)
-    for case in CASES:
-        assert printed.count(f"{case.__name__} passed") == 2
-
-
-if __name__ == "__main__":
-    from pipecompile.runtime import connect
-
-    torch.set_num_threads(1)
+def every_case(rank: int) -> list[str]:
     connect(timeout_s=60)
+    passed = []
     for case in CASES:
         case()
-        print(f"{case.__name__} passed", flush=True)
-    torch.distributed.destroy_process_group()
+        passed.append(case.__name__)
+    return passed
+
+
+def test_every_case_in_two_processes() -> None:
+    assert run(every_case, 2, timeout_s=200) == [[case.__name__ for case in CASES]] * 2

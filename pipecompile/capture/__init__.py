@@ -7,8 +7,7 @@ trace into a Graph of operations in program order with the module calls around t
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path as FilePath
@@ -216,7 +215,8 @@ def _export(task: Task, open_: Labels, recorder: Recorder) -> ExportedProgram:
     batch = traced_with(copied(task.batch), open_)
     shapes = (dynamic_shapes(batch, open_),) if open_ else None
     try:
-        with untouched(model), straight_through(recorder), recorder.around(model), _gradients_kept(model):
+        # in the caller's gradient mode tracing would drop gradients under no_grad
+        with untouched(model), straight_through(recorder), recorder.around(model), torch.enable_grad():
             return export(task.step, (batch,), dynamic_shapes=shapes, strict=False)
     except (PipecompileError, NeedsFullTrace, Fixed):
         raise
@@ -235,13 +235,6 @@ def _export(task: Task, open_: Labels, recorder: Recorder) -> ExportedProgram:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-@contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Tracing in the caller's gradient mode would drop gradients under no_grad."""
-    with torch.enable_grad():
-        yield
 
 
 def _where(error: BaseException) -> str:
@@ -267,16 +260,18 @@ def _read(
     outputs = reader.read(program.graph_module, arguments)
     check_templates(reader)
     nodes, calls = reader.finished()
-    loss, weight = outputs[0], outputs[1] if len(outputs) > 1 else None
+    loss, weight = outputs[:2]
     if not isinstance(loss, Ref) or loss.name not in reader.gradient:
         raise CaptureError("the loss does not depend on any trainable parameter; check requires_grad and torch.no_grad")
     reported = dict(zip(task.step.reported, outputs[2:]))
-    unmade = [name for name, ref in reported.items() if not isinstance(ref, Ref)]
+    returned = reported if weight is None else {"the weight": weight, **reported}
+    unmade = [name for name, ref in returned.items() if not isinstance(ref, Ref)]
     if unmade:
         raise CaptureError(
-            f"{unmade[0]!r}, which the loss function returned, is no result of its computation; leave it out"
+            f"{unmade[0]!r}, which the loss function returned, is no result of its computation; leave it out, or make it "
+            "there, for example with .clone()"
         )
-    weight_name = weight.name if isinstance(weight, Ref) else ""
+    weight_name = "" if weight is None else weight.name
     names = rename_values(inputs, nodes, calls, model, loss.name, weight_name)
     calls = tuple(replace(call, keep_whole=seen.keep_whole.get(call.key, call.keep_whole)) for call in calls)
     return Graph(

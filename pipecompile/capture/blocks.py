@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pipecompile.capture.likeness import structure
 from pipecompile.capture.structure import PLAIN, Tensor, Unrenderable, rebuild, tensors
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
 from pipecompile.errors import CaptureError
@@ -75,8 +76,8 @@ class Blocks:
         structures = repeated(model, changed_buffers) if self.repeats else {}
         modules = dict(model.named_modules())
         instead = {fqn: self._pass_over(modules[fqn], fqn) for fqn in modules if fqn in self.opaque}
-        for fqn, structure in structures.items():
-            instead.setdefault(fqn, self._pass_over_repeats(modules[fqn], fqn, structure))
+        for fqn, like in structures.items():
+            instead.setdefault(fqn, self._pass_over_repeats(modules[fqn], fqn, like))
         saved = {fqn: modules[fqn].__dict__.get("forward") for fqn in instead}
         for fqn, forward in instead.items():
             modules[fqn].__dict__["forward"] = forward
@@ -104,7 +105,7 @@ class Blocks:
 
         return forward
 
-    def _pass_over_repeats(self, module: nn.Module, fqn: str, structure: str) -> Callable[..., Any]:
+    def _pass_over_repeats(self, module: nn.Module, fqn: str, like: str) -> Callable[..., Any]:
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -114,12 +115,12 @@ class Blocks:
             shape = _argument_key(args, kwargs)
             if call.fqn != fqn or seen is None or not shape or not _complete(seen.result):
                 return original(*args, **kwargs)
-            template = self.templates.setdefault(f"{structure} {shape} {_mode()}", index)
+            template = self.templates.setdefault(f"{like} {shape} {_mode()}", index)
             if template == index:
                 return original(*args, **kwargs)
             self.recorder.repeat(index, template)
-            like = pytree.tree_leaves(self.recorder.calls[template].result)
-            shapes = [(t.shape, t.stride()) for t in like if isinstance(t, torch.Tensor)]
+            results = pytree.tree_leaves(self.recorder.calls[template].result)
+            shapes = [(t.shape, t.stride()) for t in results if isinstance(t, torch.Tensor)]
             return _results(seen, [tensor for _, tensor in tensors((args, kwargs))], index, shapes)
 
         return forward
@@ -184,36 +185,5 @@ def repeated(model: nn.Module, changed_buffers: tuple[str, ...]) -> dict[str, st
             or any(b.startswith(prefix) for b in changed_buffers)
         ):
             continue
-        found.setdefault(_structure(module, fqn), []).append(fqn)
-    return {fqn: structure for structure, fqns in found.items() if len(fqns) > 1 for fqn in fqns}
-
-
-def _structure(module: nn.Module, fqn: str) -> str:
-    """Class, configuration, parameters and plain attributes of a module and everything below it.
-
-    Whole numbers equal to the block's own index (``layer_idx``) count as the same.
-    """
-    digits = [int(part) for part in fqn.split(".") if part.isdecimal()]
-    index = digits[-1] if digits else None
-    lines: list[object] = []
-    for name, part in module.named_modules():
-        lines += [name, f"{type(part).__module__}.{type(part).__qualname__}", part.training, part.extra_repr()]
-        lines += [len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks)] if name else []
-        for key, value in sorted(part.__dict__.items()):
-            if not key.startswith("_") and key != "training":
-                lines.append((key, _plain(value, index)))
-        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
-            lines.append((key, None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)))
-    return repr(lines)
-
-
-def _plain(value: Any, index: int | None) -> str:
-    if type(value) is int and value == index:
-        return "its index"
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(_plain(part, None) for part in value)})"
-    if callable(value) and not isinstance(value, nn.Module):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return f"{type(value).__qualname__} {id(value) if not hasattr(value, '__len__') else ''}"
+        found.setdefault(structure(module, fqn), []).append(fqn)
+    return {fqn: like for like, fqns in found.items() if len(fqns) > 1 for fqn in fqns}

@@ -128,9 +128,8 @@ def _matters(step: nn.Module, model: nn.Module, batch: Any) -> bool:
     try:
         with torch.no_grad():
             for _ in range(2):
-                after = plain_attributes(model)
                 with untouched(model):
-                    loss, _ = step(batch)
+                    loss = step(batch)[0]
                     after = plain_attributes(model)
                 for (fqn, name), value in after.items():
                     setattr(modules[fqn], name, value)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PLAIN = (type(None), bool, int, float, str)
 Attributes = dict[tuple[str, str], object]
@@ -26,18 +26,24 @@ def plain_attributes(model: nn.Module) -> Attributes:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers, plain attributes and the random state are afterwards as they were before."""
+    """Buffers, plain attributes and the random state are afterwards as they were before, after an error too."""
     saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     attributes = plain_attributes(model)
     foreign = random.getstate(), sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield
-    random.setstate(foreign[0])
-    if foreign[1] is not None:
-        sys.modules["numpy"].random.set_state(foreign[1])
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(foreign[0])
+        if foreign[1] is not None:
+            sys.modules["numpy"].random.set_state(foreign[1])
+        _give_back(model, saved, attributes)
+
+
+def _give_back(model: nn.Module, buffers: Mapping[str, Tensor], attributes: Attributes) -> None:
     with torch.no_grad():
-        for name, buffer in saved.items():
+        for name, buffer in buffers.items():
             owner, _, last = name.rpartition(".")
             current = model.get_buffer(name)
             if current.shape == buffer.shape and current.dtype == buffer.dtype:

@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _start_ranks(options: argparse.Namespace) -> int:
     """Start torchrun with one process for each rank of the build, and end with its exit code."""
-    from pipecompile.opened import read_files
+    from pipecompile.build import read_build
     from pipecompile.plan import Plan
 
-    plan = Plan.from_json(json.loads(read_files(options.build, options.trust)["plan.json"]))
+    plan = Plan.from_json(json.loads(read_build(options.build, options.trust)["plan.json"]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(plan.ranks * options.replicas)]
     command += ["-m", "pipecompile", "run", str(Path(options.build)), "--steps", str(options.steps)]

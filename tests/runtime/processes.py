@@ -14,12 +14,25 @@ from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.runtime.processes", "tests.runtime.handmade", "pipecompile", "transformers.models.gpt2.modeling_gpt2"]
+    [
+        "tests.runtime.processes",
+        "tests.runtime.handmade",
+        "pipecompile.api",
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.models.t5.modeling_t5",
+        "diffusers.models.unets.unet_2d",
+    ]
 )
+"""Imports that all processes share: each is forked from one that has done them."""
 
 
 def run(
-    work: Callable[..., Any], ranks: int, *arguments: Any, absent: tuple[int, ...] = (), agent: bool = False
+    work: Callable[..., Any],
+    ranks: int,
+    *arguments: Any,
+    absent: tuple[int, ...] = (),
+    agent: bool = False,
+    timeout_s: float = 60,
 ) -> list[Any]:
     """What ``work(rank, *arguments)`` gives on each rank; the text of its exception; None if its process died.
 
@@ -39,7 +52,7 @@ def run(
     results: list[Any] = [None] * ranks
     for rank, (process, here) in started.items():
         try:
-            results[rank] = here.recv() if here.poll(60) else "no answer within 60 s"
+            results[rank] = here.recv() if here.poll(timeout_s) else f"no answer within {timeout_s} s"
         except EOFError:
             results[rank] = None
         process.join(5)
