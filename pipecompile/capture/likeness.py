@@ -8,7 +8,6 @@ from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from pipecompile.capture.structure import PLAIN
@@ -72,6 +71,9 @@ class _Owner:
         if isinstance(value, FunctionType):
             around = [cell.cell_contents for cell in value.__closure__ or () if cell != EMPTY]
             return value.__code__, value.__defaults__, value.__kwdefaults__, around
-        if isinstance(value, nn.Module | torch.Tensor | type) or type(value).__new__ is not object.__new__:
+        make: Any = type(value).__new__
+        if (
+            isinstance(value, nn.Module | type) or make is not object.__new__
+        ):  # its state is not in its attributes alone
             return None
         return vars(value).items() if hasattr(value, "__dict__") else None
