@@ -60,6 +60,10 @@ class Masters:
         """What an optimizer trains for ``parameter``."""
         return self._masters.get(id(parameter), (parameter, parameter))[1]
 
+    def by_parameter(self) -> dict[int, nn.Parameter]:
+        """The masters by the id() of their parameters."""
+        return {key: master for key, (_, master) in self._masters.items()}
+
     def before_step(self) -> None:
         """Parameters get the values of their masters, and go on with the gradients that these hold."""
         self.write_back()

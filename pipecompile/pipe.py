@@ -43,10 +43,11 @@ from pipecompile.runtime import (
     world_of,
 )
 from pipecompile.runtime.sizes import StepSizesOf
-from pipecompile.saving import Share, load_weights, save_weights
+from pipecompile.saving import Share, load_training, load_weights, save_checkpoint, save_weights
 from pipecompile.scaling import GradScaler, scale_of
 from pipecompile.training import bound_to_mode, check_compiler, clip_gradients, forward_only
 from pipecompile.updating import check_mean, check_optimizer
+from pipecompile.weights.folder import newest
 from pipecompile.weights.layout import Layout
 
 Files = Mapping[str, str]
@@ -96,7 +97,7 @@ class Pipe:
         self._mode = model.training
         self._bound = bound_to_mode(self.source(s) for s in range(len(self.plan.stages)))
         self._layout = Layout.of(model)
-        self._masters = Masters(self.parameters(), self.plan.gradient_dtype)
+        self._masters = Masters(self._found().values(), self.plan.gradient_dtype)
         self._timeout_s = timeout_s
         self._gathering = Gathering((), 1, False)
         self._gathered: dict[str, Tensor] = {}
@@ -172,9 +173,11 @@ class Pipe:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The same with their FQNs in the model (a tied one's first), for groups by name."""
-        found = {id(p): p for stage in self._stages.values() for p in stage.parameters()}
         names = self.share().names()
-        return [(names[key], p) for key, p in found.items()]
+        return [(names[key], p) for key, p in self._found().items()]
+
+    def _found(self) -> dict[int, nn.Parameter]:
+        return {id(p): p for stage in self._stages.values() for p in stage.parameters()}
 
     def named_master_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What an optimizer trains under ``gradient_dtype``: a copy in that dtype of each narrow parameter, whose ``.grad``
@@ -364,15 +367,21 @@ class Pipe:
             torch.autograd.backward([total])
         return total.detach()
 
-    def flushing(self, model: nn.Module) -> Pipe:
-        """The same stages of ``model`` in this process, with all forwards before all backwards and one version of the
-        weights: what shows that they compute the unsplit model's gradients, where ``step`` leaves none."""
-        program = communicate(make_timetable("gpipe", self.program.shape), self.plan.partition)
-        return Pipe({**self._files, "program.json": json.dumps(program.to_json())}, model, self.loss, local=True)
+    def plain(self, model: nn.Module) -> Pipe:
+        """The same stages of ``model`` in this process, where ``step`` leaves in ``.grad`` what can be compared with the
+        unsplit model's: without masters, and, if the program updates weights, with all forwards before all backwards.
+        """
+        program = self.program
+        if self.updates:
+            program = communicate(make_timetable("gpipe", program.shape), self.plan.partition)
+        plan = replace(self.plan, gradient_dtype="")
+        files = {"program.json": json.dumps(program.to_json()), "plan.json": json.dumps(plan.to_json())}
+        return Pipe(self._files | files, model, self.loss, local=True)
 
     def share(self) -> Share:
         """What this process has of the model's weights."""
-        return Share(self._layout, self.plan.holds, self._stages, self.rank, self.ranks, self.replica)
+        masters = self._masters.by_parameter()
+        return Share(self._layout, self.plan.holds, self._stages, self.rank, self.ranks, self.replica, masters)
 
     def save_weights(self, directory: str | Path) -> None:
         """Write the model's weights under its own names: safetensors and an index, each rank its shards.
@@ -389,6 +398,23 @@ class Pipe:
         """
         load_weights(self.share(), path)
         self._masters.read_again()
+
+    def save_checkpoint(self, directory: str | Path, optimizer: torch.optim.Optimizer) -> None:
+        """Write weights, masters, the optimizer's and the random generators' state as the newest checkpoint of a directory.
+
+        It is whole or not there at all, and the last two are kept. Every rank calls it.
+        """
+        self._masters.write_back()
+        save_checkpoint(self.share(), directory, self.steps, optimizer)
+
+    def load_checkpoint(self, directory: str | Path, optimizer: torch.optim.Optimizer) -> None:
+        """Go on from the newest checkpoint of a directory, written with any number of stages; ``steps`` is its step.
+
+        CheckpointError if there is none, or if it is of another model or optimizer.
+        """
+        checkpoint = newest(directory)
+        self.load_weights(checkpoint)
+        self.steps = load_training(self.share(), checkpoint, optimizer)
 
     def save(self, directory: str | Path) -> None:
         """Write the build directory; an older build there is replaced, anything else refused with BuildError."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ VERSION = 1
 class Share:
     """What one process has: ``stages`` by index, of which ``holds`` gives the names for all; its rank of ``ranks``.
 
-    Replicas have the same, of which the first writes.
+    Replicas have the same, of which the first writes. ``masters`` are what an optimizer trains in place of parameters, by
+    their id().
     """
 
     layout: Layout
@@ -41,15 +42,17 @@ class Share:
     rank: int
     ranks: int
     replica: int = 0
+    masters: Mapping[int, nn.Parameter] = field(default_factory=dict)
 
     def names(self) -> dict[int, str]:
-        """The canonical name of each parameter of this process by its id()."""
+        """The canonical name of each parameter of this process, and of its master, by its id()."""
         canonical = self.layout.canonical
-        return {
+        found = {
             id(p): canonical.get(name, name)
             for stage in self.stages.values()
             for name, p in stage.named_parameters(remove_duplicate=False)
         }
+        return found | {id(master): found[key] for key, master in self.masters.items()}
 
     def written_names(self) -> dict[int, str]:
         """The same without those that another process writes."""
@@ -99,7 +102,9 @@ def save_checkpoint(share: Share, directory: str | Path, step: int, optimizer: O
 
     def write() -> None:
         writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages)
-        tensors, rest = optimizer_state.take(optimizer, share.written_names())
+        names = share.written_names()
+        tensors, rest = optimizer_state.take(optimizer, names)
+        tensors |= optimizer_state.masters_by_name(share.masters.values(), names)
         stem = f"optimizer-{share.rank + 1:05}-of-{share.ranks:05}"
         write_tensors(folder.partial(target) / f"{stem}.safetensors", tensors)
         folder.write_text(folder.partial(target) / f"{stem}.json", json.dumps(rest))
@@ -129,7 +134,9 @@ def load_training(share: Share, checkpoint: Path, optimizer: Optimizer) -> int:
     files = [checkpoint / Path(name).name for name in names if name.startswith("optimizer-")]
     stored_tensors = _stored_tensors([path for path in files if path.suffix == ".safetensors"])
     rest = _merged([_read_json(path) for path in files if path.suffix == ".json"])
-    optimizer_state.give(optimizer, share.names(), rest, stored_tensors)
+    names = share.names()
+    optimizer_state.give_masters(share.masters.values(), names, stored_tensors)
+    optimizer_state.give(optimizer, names, rest, stored_tensors)
     random_state.give(whole["random"])
     return int(whole["step"])
 

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opaque", action="append", default=[], metavar="PATTERN", help="modules never cut, by FQN")
     parser.add_argument("--recompute", default="none", metavar="MODE", help="run again before the backward instead of "
                         "keeping: none (default), calls, stage, or by stage: 0=stage,1=calls")  # fmt: skip
+    parser.add_argument("--gradient-dtype", choices=["float32"], help="sum gradients of bfloat16 and float16 parameters "
+                        "in it, and train masters")  # fmt: skip
     parser.add_argument("--out", default="build", help="build directory (default: build)")
     parser.add_argument("--explain", action="store_true", help="say why the cuts are where they are")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the unsplit model")
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, out: TextIO) -> int:
+    import torch
+
     import pipecompile
     from pipecompile.model_file import read_model_file
 
@@ -60,6 +64,7 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
         memory=options.memory,
         opaque=tuple(options.opaque),
         recompute=recompute_modes(options.recompute),
+        gradient_dtype=torch.float32 if options.gradient_dtype else None,
         check=not options.no_check,
         progress=not options.json,
         source={"file": os.path.relpath(file.path, Path(options.out).resolve()), "sha256": file.sha256},

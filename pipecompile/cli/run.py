@@ -126,7 +126,7 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         timeout_s=options.timeout,
         weights=checkpoint or options.load,
     )
-    optimizer = file.optimizer(pipe.parameters())
+    optimizer = file.optimizer(pipe.master_parameters())
     if checkpoint:
         step = load_training(pipe.share(), checkpoint, optimizer)
         for _ in range(step):  # batches may come from a source that moves on with each
@@ -143,7 +143,6 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> list[float]:
     """Take the steps and save as asked; their losses."""
     from pipecompile.cli.tracing import traced_step
-    from pipecompile.saving import save_checkpoint
 
     traced = _traced(options)
     losses: list[float] = []
@@ -161,7 +160,7 @@ def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> 
             print(f"step {pipe.steps - 1:4}  loss {losses[-1]:.6f}", flush=True)
         due = options.save_every and pipe.steps % options.save_every == 0
         if options.save and (due or taken == options.steps - 1):
-            save_checkpoint(pipe.share(), options.save, pipe.steps, optimizer)
+            pipe.save_checkpoint(options.save, optimizer)
     return losses
 
 

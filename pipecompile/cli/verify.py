@@ -33,8 +33,9 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
     pipe, model, file = open_build(options.build, options.trust, local=True)
     order = pipe.plan.schedule
     if pipe.updates:
-        pipe = pipe.flushing(model)
-        order += f", which leaves no gradient of a step, compared under {pipe.program.schedule}"
+        order += ", which leaves no gradient of a step, compared under gpipe"
+    if pipe.updates or pipe.plan.gradient_dtype:
+        pipe = pipe.plain(model)
     steps = _compare(pipe, model, file)
     bad = worst([difference for _, found in steps for difference in found])
     if options.json:

@@ -1,6 +1,7 @@
 """An optimizer's state by parameter name: tensors for a safetensors file, everything else for JSON.
 
     tensors   "wte.weight:exp_avg"                                               name of the parameter : name in its state
+              "wte.weight:master_parameter"                                      the float32 copy that is trained for it
     rest      {"class": "AdamW", "groups": [{"lr": 0.001, …}], "parameters": {"wte.weight": {"group": 0, "state": {}}}}
 
 By name, not by position: another number of stages gives an optimizer other parameters.
@@ -9,9 +10,10 @@ By name, not by position: another number of stages gives an optimizer other para
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +22,7 @@ from pipecompile.errors import CheckpointError
 Names = Mapping[int, str]
 """The canonical name of each parameter by its id()."""
 ReadTensor = Callable[[], Tensor]
+MASTER = "master_parameter"
 
 
 def take(optimizer: Optimizer, names: Names) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,6 +47,31 @@ def take(optimizer: Optimizer, names: Names) -> tuple[dict[str, Tensor], dict[st
     return tensors, {"class": type(optimizer).__name__, "groups": groups, "parameters": parameters}
 
 
+def masters_by_name(masters: Iterable[nn.Parameter], names: Names) -> dict[str, Tensor]:
+    """The masters in ``names`` as tensors to store."""
+    return {f"{names[id(master)]}:{MASTER}": master.detach() for master in masters if id(master) in names}
+
+
+def give_masters(masters: Iterable[nn.Parameter], names: Names, stored: Mapping[str, ReadTensor]) -> None:
+    """Set masters from a checkpoint; one of a parameter that was trained itself keeps the value that it has.
+
+    CheckpointError if the checkpoint has a master of a parameter that has none here.
+    """
+    mine = {names[id(master)]: master for master in masters}
+    held = set(names.values())
+    for full, read in stored.items():
+        name, _, key = full.rpartition(":")
+        if key != MASTER or name not in held:
+            continue
+        if name not in mine:
+            raise CheckpointError(
+                f"the checkpoint has a float32 master of {name!r}, which is trained without one here; compile with "
+                "gradient_dtype=torch.float32, or start from the weights alone with --load"
+            )
+        with torch.no_grad():
+            mine[name].copy_(read())
+
+
 def give(optimizer: Optimizer, names: Names, saved: Mapping[str, Any], stored: Mapping[str, ReadTensor]) -> None:
     """Set the state of an optimizer's parameters. ``saved`` is what ``take`` gave for all parameters of the model,
     ``stored`` reads the tensors by their names. CheckpointError if it is another optimizer's state.
@@ -57,6 +85,8 @@ def give(optimizer: Optimizer, names: Names, saved: Mapping[str, Any], stored: M
     by_parameter: dict[str, dict[str, ReadTensor]] = {}
     for full, read in stored.items():
         name, _, key = full.rpartition(":")
+        if key == MASTER:
+            continue
         by_parameter.setdefault(name, {})[key] = read
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -92,7 +122,12 @@ def _set_hyperparameters(group: dict[str, Any], names: Names, saved: Mapping[str
 
 
 def _placed(key: str, value: Tensor, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
-    """On the parameter's device, as torch keeps it: the count of steps stays on the CPU unless a kernel reads it."""
+    """On the parameter's device, as torch keeps it: the count of steps stays on the CPU unless a kernel reads it.
+
+    State of a narrow parameter that has a master now is widened.
+    """
+    if value.is_floating_point() and value.itemsize < parameter.itemsize and key != "step":
+        value = value.to(parameter.dtype)
     on_device = key != "step" or group.get("capturable") or group.get("fused")
     return value.to(parameter.device) if on_device else value
 

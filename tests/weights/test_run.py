@@ -81,7 +81,6 @@ def test_a_run_goes_on_with_other_stages(
 def ranks(rank: int, build: str, directory: str) -> list[str]:
     """Train, save and go on in processes; the tensors of this rank that have memory."""
     from pipecompile.runtime import connect
-    from pipecompile.saving import save_checkpoint
 
     connect(timeout_s=30)
     pipe, file = open_share(build)
@@ -91,7 +90,7 @@ def ranks(rank: int, build: str, directory: str) -> list[str]:
         pipe.step(file.batch())
         optimizer.step()
         optimizer.zero_grad()
-    save_checkpoint(pipe.share(), directory, pipe.steps, optimizer)
+    pipe.save_checkpoint(directory, optimizer)
     return sorted(name for stage in pipe.stages.values() for name, p in stage.named_parameters() if not p.is_meta)
 
 
@@ -104,6 +103,24 @@ def test_processes_save_what_one_process_resumes(
     assert set(answers[0]) & set(answers[1]) <= {"embedding.weight", "head.weight"}
     after = train(capsys, builds / "b4", "--steps", 2, "--resume", tmp_path)
     assert after == pytest.approx(whole[3:], rel=1e-6)
+
+
+def test_a_run_with_masters_goes_on_with_other_stages(
+    builds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = MODEL.replace("return Net()", "return Net().bfloat16()").replace(
+        "self.embedding.weight\n", "nn.Parameter(self.head.weight.data)\n"
+    )
+    assert narrow.count("bfloat16") == narrow.count("nn.Parameter(") == 1
+    (tmp_path / "net.py").write_text(narrow)
+    options = ("--microbatches", "4", "--costs", "estimate", "--gradient-dtype", "float32", "--json")
+    for stages in ("2", "4"):
+        assert main([str(tmp_path / "net.py"), "--stages", stages, *options, "--out", str(tmp_path / stages)]) == 0
+    assert main(["verify", str(tmp_path / "4"), "--json"]) == 0
+    whole = train(capsys, tmp_path / "4", "--steps", 6)
+    assert whole[0] != whole[1]
+    assert train(capsys, tmp_path / "4", "--steps", 3, "--save", tmp_path / "ck") == whole[:3]
+    assert train(capsys, tmp_path / "2", "--steps", 3, "--resume", tmp_path / "ck") == whole[3:]
 
 
 @pytest.mark.parametrize(
