@@ -82,6 +82,9 @@ class Compiled:
             bound_ms=partition.bound_ms,
             bound_bytes=partition.bound_bytes,
             gradient_dtype=self.options.gradient_dtype,
+            frozen=tuple(
+                sorted(a.canonical for a in graph.attributes.values() if a.kind == "parameter" and not a.spec.gradient)
+            ),
             reported=tuple(Value(name, specs[value]) for name, value in graph.reported.items()),
             random=self.split.random,
             replicated=tuple(node.name for node in graph.nodes if node.name in graph.replicated),

@@ -46,7 +46,7 @@ from pipecompile.runtime.sizes import StepSizesOf
 from pipecompile.saving import Share, load_training, load_weights, save_checkpoint, save_weights
 from pipecompile.scaling import GradScaler, scale_of
 from pipecompile.training import bound_to_mode, check_compiler, clip_gradients, forward_only
-from pipecompile.updating import check_mean, check_optimizer
+from pipecompile.updating import check_frozen, check_mean, check_optimizer
 from pipecompile.weights.folder import newest
 from pipecompile.weights.layout import Layout
 
@@ -98,6 +98,8 @@ class Pipe:
         self._bound = bound_to_mode(self.source(s) for s in range(len(self.plan.stages)))
         self._layout = Layout.of(model)
         self._masters = Masters(self._found().values(), self.plan.gradient_dtype)
+        frozen = set(self.plan.frozen)
+        self._frozen = [(name, p) for name, p in self.named_parameters() if name in frozen]
         self._timeout_s = timeout_s
         self._gathering = Gathering((), 1, False)
         self._gathered: dict[str, Tensor] = {}
@@ -223,6 +225,7 @@ class Pipe:
         is used or none where one is, RuntimeFault for a failure on any rank.
         """
         check_optimizer(self.program, self.parameters(), optimizer)
+        check_frozen(self._frozen)
         scale = scale_of(scaler, self.updates, self.ranks, self.parameters())
         self._runtime(trains=True)  # replicas are given equal weights when it is made, before masters are rounded
         self._masters.before_step()
@@ -249,14 +252,15 @@ class Pipe:
             loss = self._run(batch, trains=False, outputs=outputs)
         return (loss, self._gathered) if outputs else loss
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale the gradients so that their norm over the whole model is at most ``max_norm``; gives the norm before.
 
         What ``torch.nn.utils.clip_grad_norm_`` does on the unsplit model: a tied parameter counts once. Every rank
-        calls it and gets the same norm.
+        calls it and gets the same norm, or with ``error_if_nonfinite`` a RuntimeFault if that is infinite or NaN.
         """
         runtime = self._runtime(trains=True)
-        return clip_gradients(self.share(), self._masters.of, runtime.sum_over_ranks, max_norm, norm_type)
+        sum_over_ranks = runtime.sum_over_ranks
+        return clip_gradients(self.share(), self._masters.of, sum_over_ranks, max_norm, norm_type, error_if_nonfinite)
 
     @property
     def updates(self) -> bool:

@@ -54,7 +54,8 @@ class Plan:
     each stage; ``random`` those of the modules that draw random numbers. ``bound_ms`` and ``bound_bytes`` are proved lower bounds for the slowest stage and the bytes (0: none). ``why`` explains the
     cuts, line by line. ``link`` is the latency in ms and the bytes/ms that the forecast counts with (empty: none).
     ``reported`` are the values of a microbatch that the loss function returns besides the loss.
-    ``gradient_dtype`` is that of the masters of narrow parameters; empty: there are none.
+    ``gradient_dtype`` is that of the masters of narrow parameters; empty: there are none. ``frozen`` are the parameters
+    (FQNs) that were not trained when the model was compiled.
 
     ``sizes`` are the sizes of a microbatch that a step may change, with those that were compiled; ``fixed`` the others
     with what fixes them; ``conditions`` are what other sizes must meet.
@@ -76,6 +77,7 @@ class Plan:
     bound_ms: float = 0.0
     bound_bytes: int = 0
     gradient_dtype: str = ""
+    frozen: tuple[str, ...] = ()
     reported: tuple[Value, ...] = ()
     random: tuple[str, ...] = ()
     replicated: tuple[str, ...] = ()
@@ -209,7 +211,7 @@ class Plan:
                 "bound_bytes",
                 "gradient_dtype",
             )
-            lists = ("link", "placement", "random", "replicated", "opened", "notes", "why")
+            lists = ("frozen", "link", "placement", "random", "replicated", "opened", "notes", "why")
             sizes = {str(name): int(size) for name, size in whole["sizes"].items()}
             fields: dict[str, Any] = {
                 name: whole[name] for name in (*plain, "source", "fixed", "optimizer_factor", "shared_bytes")

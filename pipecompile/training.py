@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from pipecompile.errors import BuildError
+from pipecompile.errors import BuildError, RuntimeFault
 from pipecompile.ir import Port, Program, StagePlan
 from pipecompile.saving import Share
 
@@ -32,6 +32,7 @@ def clip_gradients(
     sum_over_ranks: Callable[[Tensor], Tensor],
     max_norm: float,
     norm_type: float,
+    error_if_nonfinite: bool,
 ) -> Tensor:
     """Scale this process's gradients, those of its parameters' ``masters``, as ``torch.nn.utils.clip_grad_norm_`` would on the whole model; gives their norm.
 
@@ -42,6 +43,11 @@ def clip_gradients(
     parameters = list({id(p): p for p in trained}.values())
     found = {id(p): masters(p).grad for p in parameters}
     norm = _total(_table(share, found, sum_over_ranks, norm_type), norm_type)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeFault(
+            f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped; give "
+            "error_if_nonfinite=False to scale them by it all the same"
+        )
     clip_grads_with_norm_([masters(p) for p in parameters], max_norm, norm)
     return norm
 

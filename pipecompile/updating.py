@@ -1,4 +1,5 @@
-"""What a program that updates weights inside a step asks of its user: an optimizer, and a loss that is a mean."""
+"""What a step asks of its user: the parameters that were compiled to be trained, and, if the program updates weights while
+it runs, an optimizer and a loss that is a mean."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from pipecompile.errors import ScheduleError
+from pipecompile.errors import BuildError, ScheduleError
 from pipecompile.ir import Program
 from pipecompile.ir.versions import updates
 
@@ -19,6 +20,16 @@ def check_mean(program: Program, weight: str) -> None:
             f"{program.schedule} updates weights before the last microbatch, so it cannot divide by the weight of all of "
             "them; give a loss function that returns a mean, or use a schedule that flushes, such as 1f1b"
         )
+
+
+def check_frozen(frozen: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """BuildError if a parameter is trained now that was ``frozen`` when the stages were made: no gradient may reach it."""
+    for name, p in frozen:
+        if p.requires_grad:
+            raise BuildError(
+                f"parameter {name!r} was frozen when the model was compiled and is trained now, but the stages pass back "
+                "only the gradients that were needed then; compile again, or freeze it with requires_grad_(False)"
+            )
 
 
 def check_optimizer(

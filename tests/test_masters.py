@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import pipecompile
-from pipecompile.errors import BuildError
+from pipecompile.errors import BuildError, CheckpointError
 from pipecompile.runtime import split
 from tests.test_training import MICROBATCHES, Tied, compiled, cross_entropy, tokens, words
 
@@ -24,9 +24,9 @@ class Unsplit:
         self.pairs = [(p, nn.Parameter(p.detach().float())) for p in model.parameters()]
         self.masters = [master for _, master in self.pairs]
 
-    def step(self, batch: Any, microbatches: int = MICROBATCHES) -> None:
+    def step(self, batch: Any, microbatches: int = MICROBATCHES, whole: int = MICROBATCHES) -> None:
         for part in split(batch, microbatches):
-            (cross_entropy(self.model, part) / microbatches).backward()
+            (cross_entropy(self.model, part) / whole).backward()
             for p, master in self.pairs:
                 grad, p.grad = p.grad.float(), None
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
@@ -170,3 +170,77 @@ def test_parameters_by_name() -> None:
             optimizer.zero_grad()
         for name, p in model.named_parameters():
             torch.testing.assert_close(p, theirs[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def replicas_train_masters() -> None:
+    """Each of two processes has all stages and a batch of its own; they start from different weights."""
+    rank = torch.distributed.get_rank()
+    model = narrow()
+    unsplit = Unsplit(copy.deepcopy(model))
+    with torch.no_grad():
+        model.blocks[0][0].weight += rank
+    pipe = compiled(model, ranks=1, schedule="interleaved-1f1b", gradient_dtype=torch.float32)
+    assert (pipe.replica, pipe.replicas) == (rank, 2)
+    optimizers = [torch.optim.SGD(p, lr=0.5, momentum=0.9) for p in (pipe.master_parameters(), unsplit.masters)]
+    for step in range(3):
+        pipe.step(words(2 * step + rank))
+        for replica in range(2):
+            unsplit.step(words(2 * step + replica), microbatches=MICROBATCHES, whole=2 * MICROBATCHES)
+        for (name, mine), theirs in zip(pipe.named_master_parameters(), by_name(unsplit, pipe)):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for (name, mine), theirs in zip(pipe.named_master_parameters(), by_name(unsplit, pipe)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=name)
+            theirs.data.copy_(mine.data)  # the sums differ in their last bits, which rounding to bfloat16 makes large
+        unsplit.write_back()
+
+
+def adam(pipe: pipecompile.Pipe) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(pipe.master_parameters(), lr=0.01)
+
+
+def train(pipe: pipecompile.Pipe, optimizer: torch.optim.Optimizer, steps: range) -> dict[str, Tensor]:
+    for step in steps:
+        pipe.step(words(step))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in pipe.named_master_parameters()}
+
+
+def ranks_resume_masters(folder: str) -> None:
+    """Saved by four stages on two ranks, resumed by two stages, and by one process that has trained without masters."""
+    first = compiled(narrow(), schedule="interleaved-1f1b", ranks=2, gradient_dtype=torch.float32)
+    optimizer = adam(first)
+    train(first, optimizer, range(2))
+    first.save_checkpoint(folder, optimizer)
+    train(first, optimizer, range(2, 4))
+    found: list[Any] = [None, None]
+    torch.distributed.all_gather_object(found, {n: p.detach() for n, p in first.named_master_parameters()})
+    whole: dict[str, Tensor] = found[0] | found[1]
+    other = compiled(narrow(), stages=2, ranks=2, gradient_dtype=torch.float32)
+    again = adam(other)
+    other.load_checkpoint(folder, again)
+    assert other.steps == 2
+    for name, p in train(other, again, range(2, 4)).items():
+        assert p.dtype == torch.float32
+        torch.testing.assert_close(p, whole[name], rtol=1e-6, atol=1e-8, msg=name)
+    bare = compiled(narrow(), stages=2, ranks=2)
+    with pytest.raises(CheckpointError, match=r"has a float32 master of .* which is trained without one here"):
+        bare.load_checkpoint(folder, adam(bare))
+
+
+def test_training_goes_on_with_masters_where_there_were_none(tmp_path: Any) -> None:
+    model = narrow()
+    pipe = compiled(model)
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=0.01)
+    train(pipe, optimizer, range(2))
+    pipe.save_checkpoint(tmp_path, optimizer)
+    wide = compiled(narrow(), gradient_dtype=torch.float32)
+    again = adam(wide)
+    wide.load_checkpoint(tmp_path, again)
+    for mine, p in zip(wide.master_parameters(), pipe.parameters()):
+        assert torch.equal(mine, p.float())
+        assert torch.equal(again.state[mine]["exp_avg"], optimizer.state[p]["exp_avg"].float())
+    train(wide, again, range(2, 3))

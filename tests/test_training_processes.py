@@ -1,9 +1,12 @@
-"""Everything that a training step may do, in two real processes at once: each function runs on both ranks."""
+"""Everything that a training step may do, in two real processes: each case is a function that both of them run."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipecompile.runtime import connect
 from tests.runtime.processes import run
+from tests.test_masters import ranks_resume_masters, replicas_train_masters
 from tests.test_scaling import ranks_scale_alike
 from tests.test_step_options import (
     assert_uneven_is_exact,
@@ -12,6 +15,7 @@ from tests.test_step_options import (
     ranks_train_masters,
 )
 from tests.test_training import tokens
+from tests.test_training_loops import ranks_leave_none
 
 
 def ranks_take_uneven_batches() -> None:
@@ -24,11 +28,14 @@ CASES = (
     ranks_sum_a_tied_master,
     ranks_take_uneven_batches,
     ranks_scale_alike,
+    ranks_leave_none,
+    replicas_train_masters,
 )
 
 
-def every_case(rank: int) -> list[str]:
+def every_case(rank: int, folder: str) -> list[str]:
     connect(timeout_s=60)
+    ranks_resume_masters(folder)
     passed = []
     for case in CASES:
         case()
@@ -36,5 +43,6 @@ def every_case(rank: int) -> list[str]:
     return passed
 
 
-def test_every_case_in_two_processes() -> None:
-    assert run(every_case, 2, timeout_s=200) == [[case.__name__ for case in CASES]] * 2
+def test_every_case_in_two_processes(tmp_path: Path) -> None:
+    names = [case.__name__ for case in CASES]
+    assert run(every_case, 2, str(tmp_path), timeout_s=200) == [names] * 2

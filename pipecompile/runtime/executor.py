@@ -245,10 +245,10 @@ def check(op: Forward, result: Result, output: Any) -> None:
         return
     wanted = "None" if result.dtype is None else _describe(result.dtype, result.shape)
     got = _describe(output.dtype, output.shape) if isinstance(output, Tensor) else repr(output)[:80]
-    raise RuntimeFault(
-        f"stage {op.index} made {result.name!r} as {got}, but was compiled for {wanted}; "
-        "give batches of the compiled shape and dtype, or compile again for this one"
-    )
+    remedy = "give batches of the compiled shape and dtype, or compile again for this one"
+    if isinstance(output, Tensor) and torch.is_autocast_enabled(output.device.type):
+        remedy = "autocast is on around the step: put it into the loss function, or around compile() too"
+    raise RuntimeFault(f"stage {op.index} made {result.name!r} as {got}, but was compiled for {wanted}; {remedy}")
 
 
 def _describe(dtype: torch.dtype, shape: Sequence[int]) -> str:

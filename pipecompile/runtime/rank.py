@@ -122,6 +122,7 @@ class RankRuntime:
         several = everything if weight or self._versions is not None or world.replicas > 1 else self._shared.values()
         self._apart = Apart(p for parameters in several for p in parameters)
         self._sums: list[tuple[Any, list[Tensor], Tensor]] = []
+        self._there: list[tuple[Any, list[list[Tensor]], Tensor]] = []
         if world.replicas > 1 and _trains(program):
             start_equal(self._replicas, stages, self._timeout)
 
@@ -223,7 +224,11 @@ class RankRuntime:
         for work, copies, gradient in self._sums:
             wait_for(work, self._limit, "the ranks that share a parameter")
             share(copies, gradient)
-        self._sums = []
+        for work, several, counts in self._there:
+            wait_for(work, self._timeout, "the ranks that share a parameter")
+            for copies in (copies for copies, count in zip(several, counts.tolist()) if not count):
+                share(copies, None)
+        self._sums, self._there = [], []
         self._sums_over_replicas.finish()
         loss, weight = self._executor.losses, self._executor.weights
         values = [self._tell(index, mine) for index, (mine, _) in enumerate(zip((loss, weight), self._totals))]
@@ -246,14 +251,16 @@ class RankRuntime:
         return value
 
     def _reduce(self, op: Reduce) -> None:
-        """Start the sums; they are awaited at the end of the step."""
-        for canonical in op.values:
-            copies = self._shared.get(canonical, [])
-            if copies:
-                mine = total(copies)
-                gradient = no_gradient(copies[0]) if mine is None else mine.contiguous()
-                work = dist.all_reduce(gradient, group=self._reducing[op.ranks], async_op=True)
-                self._sums.append((work, copies, gradient))
+        """Start the sums, and those of how many ranks have a gradient; they are awaited at the end of the step."""
+        several = [copies for canonical in op.values if (copies := self._shared.get(canonical))]
+        if not several:
+            return
+        group, found = self._reducing[op.ranks], [total(copies) for copies in several]
+        for copies, mine in zip(several, found):
+            gradient = no_gradient(copies[0]) if mine is None else mine.contiguous()
+            self._sums.append((dist.all_reduce(gradient, group=group, async_op=True), copies, gradient))
+        there = torch.tensor([mine is not None for mine in found], dtype=torch.float32, device=self._device)
+        self._there.append((dist.all_reduce(there, group=group, async_op=True), several, there))
 
     def _sum_now(self, gradient: Tensor, ranks: tuple[int, ...]) -> None:
         """Add what the other ranks have, and wait for it."""
@@ -271,7 +278,7 @@ class RankRuntime:
         """Make the first cause known, or hear of it, and let go of everyone who waits for this rank."""
         mine = f"{self._sentry.place()}: {told(error)}"
         self._failed, ours = self._sentry.first(mine, error)
-        self._sums = []
+        self._sums, self._there = [], []
         self._sums_over_replicas.abandon()
         self._apart.abandon()
         self._channels.close()
