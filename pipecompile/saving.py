@@ -134,9 +134,9 @@ def load_training(share: Share, checkpoint: Path, optimizer: Optimizer) -> int:
     files = [checkpoint / Path(name).name for name in names if name.startswith("optimizer-")]
     stored_tensors = _stored_tensors([path for path in files if path.suffix == ".safetensors"])
     rest = _merged([_read_json(path) for path in files if path.suffix == ".json"])
-    names = share.names()
-    optimizer_state.give_masters(share.masters.values(), names, stored_tensors)
-    optimizer_state.give(optimizer, names, rest, stored_tensors)
+    mine = share.names()
+    optimizer_state.give_masters(share.masters.values(), mine, stored_tensors)
+    optimizer_state.give(optimizer, mine, rest, stored_tensors)
     random_state.give(whole["random"])
     return int(whole["step"])
 
