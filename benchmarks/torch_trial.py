@@ -7,7 +7,7 @@ outside   as torch's documentation says: the model gives its output, and the los
           family leaves the loss to the model (tried only if it gives the model's own loss)
 inside    model and loss are one module, all of the batch is its input, and the schedule takes its output as the loss
 
-Tensors go in by position, everything else is bound beforehand, and only outputs that the loss reads come out. The split
+Tensors go in by name, everything else is bound beforehand, and only outputs that the loss reads come out. The split
 points are ``SplitPoint.BEGINNING`` of the model's own blocks, evenly spaced: entries of its outermost module lists, else of
 its sequences, else the outermost modules that are called once.
 """
@@ -17,7 +17,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, SplitPoint, pipeline
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pipecompile.capture import default_loss
+from pipecompile.capture import default_loss, untouched
 from pipecompile.compare import buffers, differences, gradients, worst
 from pipecompile.runtime import split
 
@@ -51,32 +54,32 @@ class Task:
     microbatch of the given number."""
 
     module: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: dict[str, Tensor]
     loss: Callable[[Any, int], Tensor]
 
 
 class Call(nn.Module):
-    """Calls ``model`` as it was called before, with tensors by position; gives those of its outputs that are ``read``."""
+    """Calls ``model`` as it was called before, with tensors by name; gives those of its outputs that are ``read``."""
 
     def __init__(self, model: nn.Module, constants: list[Any], structure: Any) -> None:
         super().__init__()
         self.model, self.constants, self.structure = model, constants, structure
         self.read: tuple[int, ...] = ()
 
-    def forward(self, *tensors: Tensor) -> Any:
+    def forward(self, **tensors: Tensor) -> Any:
         args, kwargs = tree_unflatten(_filled(self.constants, tensors), self.structure)
         outputs = tree_flatten(self.model(*args, **kwargs))[0]
         return outputs[self.read[0]] if len(self.read) == 1 else tuple(outputs[i] for i in self.read)
 
 
 class WithLoss(nn.Module):
-    """The loss of a batch whose tensors come by position."""
+    """The loss of a batch whose tensors come by name."""
 
     def __init__(self, model: nn.Module, loss: Loss, constants: list[Any], structure: Any) -> None:
         super().__init__()
         self.model, self.loss, self.constants, self.structure = model, loss, constants, structure
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, **tensors: Tensor) -> Tensor:
         return self.loss(self.model, tree_unflatten(_filled(self.constants, tensors), self.structure)).reshape(1)
 
 
@@ -85,31 +88,34 @@ def _constants(leaves: list[Any]) -> list[Any]:
     return [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _filled(constants: list[Any], tensors: tuple[Tensor, ...]) -> list[Any]:
-    given = iter(tensors)
-    return [next(given) if constant is Tensor else constant for constant in constants]
+def _named_tensors(leaves: list[Any]) -> dict[str, Tensor]:
+    return {f"input_{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+
+def _filled(constants: list[Any], tensors: dict[str, Tensor]) -> list[Any]:
+    return [tensors[f"input_{i}"] if leaf is Tensor else leaf for i, leaf in enumerate(constants)]
 
 
 def inside(model: nn.Module, batch: Any, loss: Loss | None) -> Task:
     leaves, structure = tree_flatten(batch)
     module = WithLoss(model, loss or default_loss, _constants(leaves), structure)
-    return Task(module, tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), lambda output, m: output.squeeze(0))
+    return Task(module, _named_tensors(leaves), lambda output, m: output.squeeze(0))
 
 
 def outside(model: nn.Module, batch: Any, loss: Loss | None) -> Task:
-    own, loss = loss or default_loss, loss or of_the_head(model, batch)
     parts = split(batch, MICROBATCHES)
-    call = _recorded(model, loss, batch)
-    leaves, structure = tree_flatten(call)
+    if loss is None:
+        loss = of_the_head(model, batch)
+    leaves, structure = tree_flatten(_recorded(model, loss, batch))
     module = Call(model, _constants(leaves), structure)
-    module.read, shape = _outputs_read(model, loss, parts[0], own)
+    module.read, shape = _outputs_read(model, loss, parts[0])
 
     def of_output(output: Any, m: int) -> Tensor:
         given = dict(zip(module.read, output if isinstance(output, tuple | list) else [output]))
         result = tree_unflatten([given.get(i) for i in range(shape.num_leaves)], shape)
         return loss(lambda *args, **kwargs: result, parts[m])
 
-    return Task(module, tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), of_output)
+    return Task(module, _named_tensors(leaves), of_output)
 
 
 def _recorded(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, Any]:
@@ -120,50 +126,55 @@ def _recorded(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, Any]:
         seen.append((args, kwargs))
         return model(*args, **kwargs)
 
-    with torch.no_grad():
+    with torch.no_grad(), untouched(model):
         loss(recording, batch)
     if len(seen) != 1:
         raise NotThisWay("the loss function calls the model more than once")
     return seen[0]
 
 
-def _outputs_read(model: nn.Module, loss: Loss, batch: Any, own: Loss) -> tuple[tuple[int, ...], Any]:
+def _outputs_read(model: nn.Module, loss: Loss, batch: Any) -> tuple[tuple[int, ...], Any]:
     """Which leaves of the model's output the loss reads, and the output's structure."""
     args, kwargs = _recorded(model, loss, batch)
-    twin = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        expected = own(twin, batch).detach()
-        torch.manual_seed(0)
-        leaves, structure = tree_flatten(twin(*args, **kwargs))
+    leaves, structure = tree_flatten(copy.deepcopy(model)(*args, **kwargs))
     leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
-    value = loss(lambda *args, **kwargs: tree_unflatten(leaves, structure), batch)
-    if not torch.allclose(value, expected, rtol=1e-5):
-        raise NotThisWay("the loss is the model's own")
-    value.backward()
+    loss(lambda *args, **kwargs: tree_unflatten(leaves, structure), batch).backward()
     return tuple(i for i, leaf in enumerate(leaves) if leaf.grad is not None), structure
 
 
 def of_the_head(model: nn.Module, batch: Any) -> Loss:
-    """The loss that a model of transformers makes of its logits and the labels."""
+    """The loss that a model of transformers makes of its logits and the labels; NotThisWay if it makes another one."""
     if not (isinstance(batch, dict) and "labels" in batch):
         raise NotThisWay("the loss is the model's own")
     kind = type(model).__name__
+    shifted = sys.modules[type(model).__module__].__dict__.get("shift_tokens_right")  # what encoder-decoders begin with
 
     def loss(called: Any, batch: Any) -> Tensor:
         given = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        labels = batch["labels"]
-        if model.config.is_encoder_decoder:
+        labels, config = batch["labels"], model.config
+        if config.is_encoder_decoder and shifted is None:
             given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        elif config.is_encoder_decoder:
+            given["decoder_input_ids"] = shifted(labels, config.pad_token_id, config.decoder_start_token_id)
         logits = called(**given).logits
         if "CausalLM" in kind or "LMHead" in kind:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
+    try:
+        with torch.no_grad(), untouched(model):
+            torch.manual_seed(0)
+            own = default_loss(model, batch)
+            torch.manual_seed(0)
+            same = torch.allclose(own, loss(model, batch), rtol=1e-5)
+    except (ValueError, AttributeError, TypeError):
+        same = False
+    if not same:
+        raise NotThisWay("the loss is the model's own")
     return loss
 
 
-def split_points(module: nn.Module, inputs: tuple[Tensor, ...], stages: int) -> dict[str, SplitPoint]:
+def split_points(module: nn.Module, inputs: dict[str, Tensor], stages: int) -> dict[str, SplitPoint]:
     """Before evenly spaced blocks: the first stage also has what comes before them."""
     called: Counter[str] = Counter()
     handles = [
@@ -171,11 +182,8 @@ def split_points(module: nn.Module, inputs: tuple[Tensor, ...], stages: int) -> 
         for fqn, part in module.named_modules()
         if fqn
     ]
-    with torch.no_grad():
-        copy_of_buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        module(*inputs)
-        for name, buffer in copy_of_buffers.items():
-            module.get_buffer(name).copy_(buffer)
+    with torch.no_grad(), untouched(module):
+        module(**inputs)
     for handle in handles:
         handle.remove()
     once = [fqn for fqn, count in called.items() if count == 1 and fqn != PREFIX[:-1]]
@@ -198,8 +206,8 @@ def attempt(case: Any, way: str, stages: int, folder: Path) -> None:
     note: dict[str, Any] = {"traces": False}
     try:
         task = (outside if way == "outside" else inside)(model, batch, loss)
-        example = tuple(tensor.chunk(MICROBATCHES)[0] for tensor in task.inputs)
-        pipe = pipeline(task.module, example, split_spec=split_points(task.module, example, stages))
+        example = {name: tensor.chunk(MICROBATCHES)[0] for name, tensor in task.inputs.items()}
+        pipe = pipeline(task.module, (), example, split_spec=split_points(task.module, example, stages))
         if pipe.num_stages != stages:
             raise NotThisWay(f"the split points make {pipe.num_stages} stages")
         note["traces"] = True
@@ -226,7 +234,7 @@ def run_rank(pipe: Any, task: Task, rank: int, unsplit: Any, folder: Path) -> No
         schedule = Schedule1F1B(stage, MICROBATCHES, loss_fn=lambda output, m: task.loss(output, int(m)))
         losses: list[Tensor] = []
         target = torch.arange(MICROBATCHES) if rank == last else None
-        schedule.step(*(task.inputs if rank == 0 else ()), target=target, losses=losses)
+        schedule.step(**(task.inputs if rank == 0 else {}), target=target, losses=losses)
         mine = {fqn: p.grad for fqn, p in stage.submod.named_parameters() if p.grad is not None}
         mine |= {f"buffer {fqn}": buffer for fqn, buffer in stage.submod.named_buffers()}
         everyone: list[Any] = [None] * stages
@@ -249,7 +257,8 @@ def first_line(error: BaseException) -> str:
     """What started it: the first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [f"in {frames[-1].name}"]
     return f"{type(error).__name__}: {lines[0]}"
 
 
@@ -289,5 +298,5 @@ def _named(tensors: dict[str, Tensor], canonical: dict[str, str]) -> Iterator[tu
     """A rank's tensors under the model's first name of each."""
     for name, tensor in tensors.items():
         kind, name = ("buffer ", name.removeprefix("buffer ")) if name.startswith("buffer ") else ("", name)
-        name = name.removeprefix(PREFIX)
+        name = re.sub(r"@\d+", "", name.removeprefix(PREFIX))  # torch's name of a second call's copy
         yield kind + canonical.get(name, name), tensor

@@ -49,26 +49,49 @@ class ReturnsItsInput(Net):
         self.nothing = nn.ModuleList([nn.Identity(), nn.Dropout(0.0)])
 
     def between(self, x: Tensor, index: int) -> Tensor:
-        return self.nothing[index % 2](x).contiguous().to(torch.float32).t().contiguous().view(WIDTH, -1).t()
+        return (
+            self.nothing[index % 2](x).contiguous().to(torch.float32).t().contiguous().view(4, -1).view(WIDTH, -1).t()
+        )
+
+
+class CastToItsOwnType(Net):
+    """As the norms of language models: torch gives the argument itself, which is read outside again."""
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * x.to(torch.float32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts = nn.ModuleList(self.Cast() for _ in range(6))
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        return x + self.casts[index](x)
 
 
 class NoneOutput(Net):
+    """A result is None, one is given twice, and one is the module's own input."""
+
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(WIDTH, WIDTH)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
             y = self.linear(x)
-            return y, None, y
+            return y, None, y, x
 
     def __init__(self) -> None:
         super().__init__()
         self.pairs = nn.ModuleList(self.Pair() for _ in range(6))
 
     def between(self, x: Tensor, index: int) -> Tensor:
-        first, _, second = self.pairs[index](x)
-        return first + second
+        first, _, second, same = self.pairs[index](x)
+        return first + second + same
 
 
 class Regions(Net):
@@ -283,7 +306,7 @@ class OddOperations(Net):
 
 
 EXACT = [
-    TuplesAtCuts, ReturnsItsInput, NoneOutput, Regions, LeakedByHook, TwoKinds, OddNames, CustomInModules, Checkpointed,
+    TuplesAtCuts, CastToItsOwnType, ReturnsItsInput, NoneOutput, Regions, LeakedByHook, TwoKinds, OddNames, CustomInModules, Checkpointed,
     ReentrantCheckpointed, ReplacedBuffer, MaskWhenExporting, ReadsOnlyTheType, NoiseForAll, OddOperations,
     FailsWhenExported,
 ]  # fmt: skip
@@ -314,6 +337,10 @@ def test_a_table_that_reads_only_a_type_is_made_by_each_stage() -> None:
     plan = compiled(case(ReadsOnlyTheType), 3, 3, "1f1b").plan
     assert len(plan.transfers) == 2, "one value at each cut"
     assert sources(ReadsOnlyTheType).count("cos()") == 2, "the first stage does not read it"
+
+
+def test_a_cast_that_gives_its_argument_leaves_the_call_closed() -> None:
+    assert ".weight" not in sources(CastToItsOwnType)
 
 
 def test_random_numbers_are_drawn_once() -> None:
