@@ -35,6 +35,8 @@ from tests.zoo.harness import families
 TIMEOUT_S = 90
 GRACE_S = 3
 """How long the other ranks may go on after one has failed."""
+WORDS = ("right", "tied gradients wrong", "other loss and gradients", "fails in the step", "not traced")
+"""How far a family may come, best first."""
 EXTRA = {"mlp": MODELS["mlp"]}
 """Linear layers in a row: what torch's pipelining is at its best for."""
 
@@ -61,10 +63,10 @@ class Outcome:
     def word(self) -> str:
         """In one word."""
         if self.gradients and self.loss:
-            return "right"
+            return WORDS[0]
         if self.runs:
-            return "tied gradients wrong" if self.tied_summed_by_hand and self.loss else "wrong gradients"
-        return "fails in the step" if self.traces else "not traced"
+            return WORDS[1] if self.tied_summed_by_hand and self.loss else WORDS[2]
+        return WORDS[3] if self.traces else WORDS[4]
 
 
 def examine(name: str, family: Callable[[], Any], stages: int) -> Outcome:
@@ -143,12 +145,17 @@ def show(outcomes: list[Outcome]) -> None:
 
 
 def markdown(outcomes: list[Outcome], stages: list[int]) -> str:
-    """A row for each family."""
+    """A row for the families that came as far with each number of stages."""
     word = {(outcome.family, outcome.stages): outcome.word for outcome in outcomes}
-    lines = [f"| family | {' | '.join(f'torch, {s} stages' for s in stages)} |", f"|{'---|' * (1 + len(stages))}"]
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name in dict.fromkeys(outcome.family for outcome in outcomes):
-        lines.append(f"| {name} | {' | '.join(word[name, s] for s in stages)} |")
-    return "\n".join(lines)
+        rows.setdefault(tuple(word[name, count] for count in stages), []).append(name)
+    lines = [
+        f"| family | {' | '.join(f'torch, {count} stages' for count in stages)} |",
+        f"|{'---|' * (1 + len(stages))}",
+    ]
+    ordered = sorted(rows.items(), key=lambda row: [WORDS.index(one) for one in row[0]])
+    return "\n".join([*lines, *(f"| {', '.join(names)} | {' | '.join(words)} |" for words, names in ordered)])
 
 
 def main() -> None:
