@@ -38,7 +38,7 @@ def compile_model(
     """
     shape = Shape(options.stages, options.ranks, options.microbatches)
     check_shape(options.schedule, shape)  # what is impossible is refused before the model is traced
-    graph = with_notes(capture(model, microbatch, loss, options.opaque))
+    graph = with_masters(with_notes(capture(model, microbatch, loss, options.opaque)), options.gradient_dtype)
     name = type(model).__name__
     return or_advice(lambda chosen: compile_graph(graph, price, chosen, shape, name, weigh), options)
 
@@ -55,7 +55,7 @@ def compile_graph(
         if "calls" in options.recompute:
             parts = closed_again(parts, graph, price)
         plain = price(parts.graph)
-        parts = with_masters(with_modes(parts, options.recompute, plain), options.gradient_dtype)
+        parts = with_modes(parts, options.recompute, plain)
         again = recomputed_calls(parts.graph, plain)
         bodies = assemble(parts.graph, parts.stage_of, options.stages, options.recompute, again)
         sources = codegen(parts.graph, bodies, parts.partition.costs)

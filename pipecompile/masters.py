@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipecompile.errors import BuildError
-from pipecompile.passes.opening import Split
+from pipecompile.ir import Graph
 from pipecompile.runtime import forget_main_gradient, gradient, keep_main_gradient, set_gradient
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -27,19 +27,14 @@ def read_dtype(dtype: torch.dtype | None) -> str:
     return "float32" if dtype else ""
 
 
-def with_masters(parts: Split, dtype_name: str) -> Split:
-    """The split with what the masters of each stage's narrow parameters take."""
-    names = {str(dtype).removeprefix("torch.") for dtype in NARROW}
-    infos = parts.graph.attributes.values()
-    narrow = {info.canonical: info.spec.bytes for info in infos if info.spec.gradient and info.spec.dtype in names}
-    if not dtype_name or not narrow:
-        return parts
-    found, nodes = parts.partition, parts.costed.graph.nodes
-    costs = []
-    for stage, cost in enumerate(found.costs):
-        mine = {p.name for node, home in zip(nodes, found.stage) if home == stage for p in node.parameters}
-        costs.append(replace(cost, master_bytes=2 * sum(narrow[name] for name in mine & narrow.keys())))
-    return replace(parts, partition=replace(found, costs=tuple(costs)))
+def with_masters(graph: Graph, dtype_name: str) -> Graph:
+    """The graph that says which of its parameters are trained as masters of the named dtype (empty: none)."""
+    narrow = [str(dtype).removeprefix("torch.") for dtype in NARROW]
+    attributes = {
+        fqn: replace(info, master=dtype_name if info.spec.gradient and info.spec.dtype in narrow else "")
+        for fqn, info in graph.attributes.items()
+    }
+    return replace(graph, attributes=attributes)
 
 
 class Masters:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import pipecompile
-from pipecompile.errors import BuildError, CheckpointError
+from pipecompile.errors import BuildError, CheckpointError, MemoryLimitError
 from pipecompile.runtime import split
-from tests.test_training import MICROBATCHES, Tied, compiled, cross_entropy, tokens, words
+from tests.test_training import MICROBATCHES, WIDTH, Tied, compiled, cross_entropy, tokens, words
 
 
 class Unsplit:
@@ -119,6 +119,35 @@ def test_masters_are_in_the_memory_plan() -> None:
     more = [with_ - without for with_, without in zip(peaks[1].forecast.peak_bytes, peaks[0].forecast.peak_bytes)]
     # the masters (4 bytes instead of none), their gradients and two moments (12 instead of 6)
     assert more == [5 * size for size in narrow_bytes]
+
+
+class LargeTable(nn.Module):
+    """Most parameters in a table that takes no time, so that equal times and equal memory are different cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2000, WIDTH)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)) for _ in range(6)))
+        self.head = nn.Linear(WIDTH, 11)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.blocks(self.table(words)))
+
+
+def test_a_limit_of_memory_counts_masters() -> None:
+    model = LargeTable().bfloat16()
+    options: dict[str, Any] = {"stages": 2, "gradient_dtype": torch.float32}
+    quick = compiled(model, **options)
+    assert quick.plan.stages[0].modules != ("table",)
+    table = 2000 * WIDTH
+    limit = 18 * table + 2000  # the parameter, its master, the master's gradient, two moments; activations
+    assert max(quick.forecast.peak_bytes) > limit
+    pipe = compiled(model, memory=limit, **options)
+    assert pipe.plan.stages[0].modules == ("table",)
+    assert max(pipe.forecast.peak_bytes) <= limit
+    assert compiled(model, stages=2, memory=10 * table)
+    with pytest.raises(MemoryLimitError, match=r"bytes for each rank would do, .* and less would not"):
+        compiled(model, memory=10 * table, **options)
 
 
 def test_values_that_were_loaded_reach_the_masters(tmp_path: Any) -> None:

@@ -202,6 +202,7 @@ def stage_cost(graph: CostGraph, stage: Sequence[int], s: int, speed: float = 1.
         parameter_bytes=sum(p.bytes for p in parameters),
         trainable_bytes=sum(p.bytes for p in parameters if p.trainable),
         saved_bytes=sum(node.saved_bytes for node in nodes),
+        master_bytes=sum(p.master_bytes for p in parameters),
         recomputed_bytes=sum(again) if graph.recompute == "stage" else max(again, default=0),
     )
 

@@ -161,7 +161,8 @@ def _weights(graph: CostGraph, state_factor: float) -> tuple[tuple[int, tuple[in
     for position, node in enumerate(graph.nodes):
         for p in node.parameters:
             users.setdefault(p.name, []).append(position)
-            size[p.name] = round(p.bytes * state_factor) if p.trainable else p.bytes
+            trained = (p.master_bytes or p.bytes) if p.trainable else 0
+            size[p.name] = p.bytes + p.master_bytes + round(trained * (state_factor - 1))
     return tuple((size[name], tuple(nodes)) for name, nodes in users.items() if size[name])
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
@@ -161,7 +161,8 @@ def _parameters(graph: Graph, nodes: list[Node]) -> tuple[Parameter, ...]:
                 raise CostError(f"node {node.name!r} uses {fqn!r}, which is no parameter or buffer of the model")
             info = graph.attributes[fqn]
             trainable = fqn in node.parameters and info.spec.gradient
-            found.setdefault(info.canonical, Parameter(info.canonical, info.spec.bytes, trainable))
+            master = replace(info.spec, dtype=info.master).bytes if trainable and info.master else 0
+            found.setdefault(info.canonical, Parameter(info.canonical, info.spec.bytes, trainable, master))
     return tuple(found.values())
 
 

@@ -101,12 +101,17 @@ def _node_to_json(k: int, node: CostNode) -> dict[str, Any]:
     whole: dict[str, Any] = {"id": k, "name": node.name, "fwd": node.forward_ms, "bwd": node.backward_ms}
     whole["param_bytes"] = node.parameter_bytes
     if node.parameters:
-        whole["parameters"] = [{"name": p.name, "bytes": p.bytes, "trainable": p.trainable} for p in node.parameters]
+        whole["parameters"] = [_parameter_to_json(p) for p in node.parameters]
     if node.saved_bytes:
         whole["saved_bytes"] = node.saved_bytes
     if node.weight_ms:
         whole["weight"] = node.weight_ms
     return whole
+
+
+def _parameter_to_json(p: Parameter) -> dict[str, Any]:
+    master = {"master_bytes": p.master_bytes} if p.master_bytes else {}
+    return {"name": p.name, "bytes": p.bytes, "trainable": p.trainable, **master}
 
 
 def _get(whole: Any, key: str, kind: type, where: str, default: Any = None) -> Any:
@@ -134,7 +139,12 @@ def _node(whole: Any, k: int) -> tuple[int, CostNode]:
     node_id = _get(whole, "id", int, where)
     name = str(whole.get("name", node_id))
     listed = [
-        Parameter(_get(p, "name", str, where), _size(p, "bytes", where), bool(p.get("trainable", True)))
+        Parameter(
+            _get(p, "name", str, where),
+            _size(p, "bytes", where),
+            bool(p.get("trainable", True)),
+            _size(p, "master_bytes", where, 0),
+        )
         for p in _get(whole, "parameters", list, where, [])
     ]
     own = _size(whole, "param_bytes", where, 0)

@@ -128,12 +128,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class AttributeInfo:
-    """A parameter or buffer of the model. ``canonical`` is the first FQN of the same tensor (tied weights share one)."""
+    """A parameter or buffer of the model. ``canonical`` is the first FQN of the same tensor (tied weights share one);
+    ``master`` the dtype of the copy that is trained in its place, empty if it is trained itself.
+    """
 
     fqn: str
     canonical: str
     kind: str
     spec: Spec
+    master: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,15 @@ from pipecompile.errors import CostError, PartitionError
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter as a cost: nodes that use the same one share its bytes when they are in one stage."""
+    """A parameter as a cost: nodes that use the same one share its bytes when they are in one stage.
+
+    ``master_bytes`` are those of the wider copy that is trained in its place.
+    """
 
     name: str
     bytes: int
     trainable: bool = True
+    master_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
