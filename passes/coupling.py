@@ -52,6 +52,9 @@ def couplings(graph: Graph) -> tuple[Coupling, ...]:
         if info is not None:
             learned = replace(FREE, learned=info.kind == "parameter")
             return Operand(learned, tuple(map(int, info.spec.shape)), info.spec.dtype)
+        constant = graph.constants.get(getattr(leaf, "fqn", ""))
+        if constant is not None:
+            return Operand(FREE, tuple(constant.shape), str(constant.dtype).removeprefix("torch."))
         return leaf
 
     for node in graph.nodes:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, unique_names
-from pipecompile.errors import CaptureError
+from pipecompile.errors import CaptureError, must_stay_whole
 from pipecompile.expect import EXPECT_TARGET
 from pipecompile.ir import AttributeInfo, Call, Graph, Node, Ref, Value
 from pipecompile.passes.replicate import replicable
@@ -140,7 +140,7 @@ def _lifted(graph: Graph, opened: frozenset[str], closed: set[str], cheap: froze
                 yield _call_node(graph, call)
                 continue
             if call.keep_whole:  # R1
-                raise CaptureError(_must_stay_whole(call))
+                raise CaptureError(must_stay_whole(call.fqn, call.keep_whole, call.obstacle))
             yield from walk(call.first, call.last, children.get(index, []))
         yield from graph.nodes[position:last]
 
@@ -155,17 +155,6 @@ def _is_lifted(graph: Graph, call: Call, opened: frozenset[str], closed: set[str
     if all(node.name in cheap for node in graph.nodes[call.first : call.last]):
         return False
     return call.key not in opened
-
-
-def _must_stay_whole(call: Call) -> str:
-    name = call.fqn or "the model's own forward"
-    why = call.obstacle or "values from its inside are read outside of it, or it reads what is not passed to it"
-    if not call.fqn:
-        why = "the whole model would be one stage"
-    return (
-        f"{name} cannot be split: {call.keep_whole}, which only survives if the module is called as a whole, but {why}; "
-        "move that code into a module of its own whose inputs and outputs are tensors"
-    )
 
 
 def _call_node(graph: Graph, call: Call) -> Node:

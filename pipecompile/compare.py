@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 2e-5,
+    torch.complex64: 2e-5,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+}
 FLOOR = 1e-5
 """A module whose gradients are smaller than this part of the largest one is compared against that: they are noise."""
 
@@ -35,7 +42,10 @@ Tensors = Mapping[str, Tensor | None]
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """A copy of each parameter's gradient by FQN."""
-    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()}
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return {
+        name: None if g is None else (g.to_dense() if g.is_sparse else g).detach().clone() for name, g in found.items()
+    }
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor | None]:
@@ -59,7 +69,7 @@ def differences(got: Tensors, expected: Tensors, what: str) -> Iterator[Differen
             yield Difference(label, math.inf if missing else 0.0, 0.0)
             continue
         allowed = TOLERANCE.get(reference.dtype, 0.0)
-        gap = _norm(mine.to(reference.device, torch.float64) - reference.to(torch.float64))
+        gap = _norm(_precise(mine.to(reference.device)) - _precise(reference))
         yield Difference(label, _ratio(gap, max(math.sqrt(squares[_beside(name, reference)]), floor)), allowed)
 
 
@@ -75,7 +85,11 @@ def _ratio(gap: float, scale: float) -> float:
 
 
 def _norm(tensor: Tensor | None) -> float:
-    return 0.0 if tensor is None else float(torch.linalg.vector_norm(tensor.detach().to(torch.float64)))
+    return 0.0 if tensor is None else float(torch.linalg.vector_norm(_precise(tensor.detach())))
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def worst(found: list[Difference]) -> Difference:

@@ -65,3 +65,15 @@ class VerificationError(PipecompileError):
 
 class TraceError(PipecompileError):
     """A trace was asked for that cannot be made or written."""
+
+
+def must_stay_whole(fqn: str, reason: str, obstacle: str = "") -> str:
+    """The message about a module (empty: the model itself) that must be called as a whole, but cannot be."""
+    why = obstacle or "values from its inside are read outside of it, or it reads what is not passed to it"
+    name = fqn or "the model's own forward"
+    if not fqn:
+        why = "the whole model would be one stage"
+    return (
+        f"{name} cannot be split: {reason}, which only survives if the module is called as a whole, "
+        f"but {why}; move that code into a module of its own whose inputs and outputs are tensors"
+    )

@@ -6,6 +6,7 @@ trace into a Graph of operations in program order with the module calls around t
 
 from __future__ import annotations
 
+import math
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,17 +24,19 @@ from pipecompile.capture.blocks import Blocks, NeedsFullTrace
 from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.decisions import decisions
 from pipecompile.capture.eager import Observation, observe
-from pipecompile.capture.exporting import told_that_it_is_not_exported
+from pipecompile.capture.exporting import conversions_skipped, quiet, told_that_it_is_not_exported
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.opaque_shapes import OpaqueShapes
 from pipecompile.capture.places import Places
 from pipecompile.capture.reader import Reader, dtype_name, input_path
+from pipecompile.capture.remedies import Untraceable, about_contents, complete, stopped
 from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.shadow import Shadows
 from pipecompile.capture.sizes import (
     Fixed,
     Labels,
     Sizes,
+    Stopped,
     dynamic_shapes,
     labels,
     notes_on_sizes,
@@ -41,10 +44,10 @@ from pipecompile.capture.sizes import (
     traced_with,
     values,
 )
-from pipecompile.capture.state import untouched
+from pipecompile.capture.state import held_twice, memory, untouched
 from pipecompile.capture.step import Loss, Step, copied, default_loss
 from pipecompile.capture.tracepoints import Recorder
-from pipecompile.errors import CaptureError, PipecompileError
+from pipecompile.errors import CaptureError, PipecompileError, must_stay_whole
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
 
 __all__ = ["Loss", "Step", "batch_norm_note", "capture", "copied", "default_loss", "untouched"]
@@ -64,15 +67,34 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     hidden = _matching(model, opaque) | _recurrent(model)
     notes = _disable_cache(model) + _coupled(model, hidden)
     seen = _observe(step, model, copied(batch))
-    notes += seen.notes
-    fixed: dict[str, str] = {}
+    task = Task(step, model, batch, seen, hidden, notes + list(seen.notes))
+    try:
+        return _decided(task)
+    except Untraceable as error:
+        if "@0" in seen.keep_whole:
+            raise CaptureError(must_stay_whole("", seen.keep_whole["@0"])) from error
+        raise complete(error, model, hidden, lambda more: _decided(replace(task, opaque=more))) from error
+
+
+def _decided(task: Task) -> Graph:
+    """The graph; modules that decide by what is in a tensor, and if the trace stops those that stay whole anyway, are
+    passed over.
+    """
+    hidden, notes = task.opaque, task.notes
+    whole = frozenset(key.rpartition("@")[0] for key in task.seen.keep_whole) - {""}
     while True:
-        graph = _dynamic(Task(step, model, batch, seen, hidden, notes), fixed)
-        found = decisions(graph, seen.questions.places)
+        try:
+            graph = _dynamic(replace(task, opaque=hidden, notes=notes), {})
+        except Untraceable:
+            if whole <= hidden:
+                raise
+            hidden |= whole
+            continue
+        found = decisions(graph, task.seen.questions)
         if found.whole <= hidden:
             return graph
         hidden |= found.whole
-        notes += found.notes
+        notes = [*notes, *found.notes]
 
 
 def _dynamic(task: Task, fixed: dict[str, str]) -> Graph:
@@ -111,7 +133,7 @@ def _with_sizes(task: Task, open_: Labels, fixed: dict[str, str]) -> Graph:
         shapes = OpaqueShapes.of(
             task.batch, open_, task.seen, lambda batch: _observe(task.step, task.model, copied(batch))
         )
-    first: CaptureError | None = None
+    errors: list[CaptureError | Fixed] = []
     for around in (nullcontext, told_that_it_is_not_exported):
         for repeats in (True, False):
             try:
@@ -119,11 +141,19 @@ def _with_sizes(task: Task, open_: Labels, fixed: dict[str, str]) -> Graph:
                     return _trace(task, open_, fixed, shapes, repeats)
             except NeedsFullTrace:
                 continue
-            except CaptureError as error:
-                first = first or error
+            except (CaptureError, Fixed) as error:
+                if isinstance(error, Fixed) and not isinstance(error, Stopped):
+                    raise
+                errors.append(error)
                 break
-    assert first is not None
-    raise first
+    raise min(errors, key=lambda error: _weight(task.model, error))
+
+
+def _weight(model: nn.Module, error: CaptureError | Fixed) -> float:
+    """How much of the model is left whole if an error's remedy is taken: its number of parameters."""
+    if not isinstance(error, Untraceable) or not error.fqn:
+        return math.inf
+    return sum(p.numel() for p in model.get_submodule(error.fqn).parameters())
 
 
 def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
@@ -215,22 +245,22 @@ def _export(task: Task, open_: Labels, recorder: Recorder) -> ExportedProgram:
     batch = traced_with(copied(task.batch), open_)
     shapes = (dynamic_shapes(batch, open_),) if open_ else None
     try:
-        # in the caller's gradient mode tracing would drop gradients under no_grad
-        with untouched(model), straight_through(recorder), recorder.around(model), torch.enable_grad():
+        with (
+            untouched(model),
+            straight_through(recorder),
+            recorder.around(model),
+            torch.enable_grad(),  # in the caller's gradient mode tracing would drop gradients under no_grad
+            conversions_skipped(),
+            quiet(),
+        ):
             return export(task.step, (batch,), dynamic_shapes=shapes, strict=False)
     except (PipecompileError, NeedsFullTrace, Fixed):
         raise
     except Exception as error:
-        if open_:
-            raise Fixed("", f"{_first_line(error)}{_where(error)}") from error
+        if open_ and not about_contents(error):
+            raise Stopped("", f"{_first_line(error)}{_where(error)}") from error
         call = recorder.innermost
-        name = call.fqn if call and call.fqn else "the loss function"
-        opaque = f"pass opaque=[{call.fqn!r}] to leave that module whole" if call and call.fqn else ""
-        move = "move that line into a module of its own and name that in opaque=[...], to leave it whole"
-        raise CaptureError(
-            f"{name} cannot be traced{_where(error)}: {_first_line(error)}; keep control flow independent of tensor values "
-            f"there, rewrite that line with torch.where, or {opaque or move}"
-        ) from error
+        raise stopped(error, call.fqn if call else "", _first_line(error), _where(error)) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -256,7 +286,7 @@ def _read(
     sizes = Sizes.of(given, open_, values(task.batch, open_), places)
     conditions = sizes.conditions(given)
     reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers), seen.random, sizes)
-    arguments, inputs, constants = _arguments(program, task.batch, attributes, sizes, given)
+    arguments, inputs, constants = _arguments(program, task.batch, model, sizes, given)
     outputs = reader.read(program.graph_module, arguments)
     check_templates(reader)
     nodes, calls = reader.finished()
@@ -312,13 +342,14 @@ def _attributes(model: nn.Module) -> dict[str, AttributeInfo]:
 
 
 def _arguments(
-    program: ExportedProgram, batch: Any, attributes: dict[str, AttributeInfo], sizes: Sizes, given: list[Any]
+    program: ExportedProgram, batch: Any, model: nn.Module, sizes: Sizes, given: list[Any]
 ) -> tuple[list[Any], tuple[Value, ...], dict[str, torch.Tensor]]:
     """What stands for each placeholder: an Attribute, a Ref to a batch tensor, or a constant of the trace."""
     leaves = iter(zip(pytree.tree_flatten_with_path((batch,))[0], given))
     arguments: list[Any] = []
     inputs: list[Value] = []
     constants: dict[str, torch.Tensor] = {}
+    held = held_twice(model)
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             (path, leaf), traced = next(leaves)
@@ -329,6 +360,8 @@ def _arguments(
                 arguments.append(Ref(name))
             else:
                 arguments.append(leaf)
+        elif fqn := held.get(memory(program.constants.get(spec.target))):
+            arguments.append(Attribute(fqn))
         elif spec.target in program.constants and spec.kind is InputKind.CONSTANT_TENSOR:
             constants[spec.target] = program.constants[spec.target]
             arguments.append(Attribute(spec.target))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipecompile.errors import CaptureError
+from pipecompile.capture.remedies import Untraceable
 from pipecompile.ir import AtMost
 
 LARGEST = 1 << 30
@@ -34,13 +34,13 @@ def is_symbolic(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), SYMBOLIC)
 
 
-def refuse(node: torch.fx.Node) -> CaptureError:
+def refuse(node: torch.fx.Node, fqn: str) -> Untraceable:
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [f"{at.strip()}: {code.strip()}" for at, code in zip(lines[::2], lines[1::2]) if OURS not in at]
     place = f" ({frames[-1]})" if frames else " of the loss function"
-    return CaptureError(
-        f"an operation is given a size that depends on what is in a tensor{place}; let it work on the tensor itself, or move "
-        "these lines into a module of their own and name that in opaque=[...], to leave it whole"
+    return Untraceable(
+        fqn,
+        f": an operation is given a size that depends on what is in a tensor{place}; let it work on the tensor itself, or",
     )
 
 

@@ -5,6 +5,7 @@ the batch alone                 a truth or a whole number: compiled in, every st
 parameters                      whether it is finite: compiled in and checked; otherwise the module that asks is
                                 left whole and runs as it is, which the plan says; the model's own forward is refused
 random numbers                  a truth that every draw gives: compiled in; otherwise as above
+anything                        whether to raise an error and nothing else: compiled in and checked
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pipecompile.capture.questions import Questions
 from pipecompile.capture.structure import leaves
 from pipecompile.errors import CaptureError
 from pipecompile.expect import EXPECT_TARGET
@@ -45,9 +47,10 @@ class Decisions:
     notes: tuple[str, ...] = ()
 
 
-def decisions(graph: Graph, places: Mapping[str, str]) -> Decisions:
-    """Look at every question of a traced graph; ``places`` are the lines of code. CaptureError for what cannot be."""
-    asked = [node for node in graph.nodes if node.target == EXPECT_TARGET]
+def decisions(graph: Graph, questions: Questions) -> Decisions:
+    """Look at every question of a traced graph. CaptureError for what cannot be."""
+    places = questions.places
+    asked = [n for n in graph.nodes if n.target == EXPECT_TARGET and n.args[2] not in questions.harmless]
     if not asked:
         return Decisions()
     behind = _Behind.of(graph)
@@ -65,9 +68,9 @@ def decisions(graph: Graph, places: Mapping[str, str]) -> Decisions:
     )
 
 
-def _why(value: Ref, answer: Any, cone: list[Node], behind: _Behind) -> str:
+def _why(value: Any, answer: Any, cone: list[Node], behind: _Behind) -> str:
     """Why the answer cannot be compiled in, empty if it can."""
-    if any(map(behind.learned, cone)):
+    if any(map(behind.learned, cone)) or behind.changes(value):
         return "" if _about_finiteness(value, behind) else "parameters have a part in"
     if any(part.random for part in cone):
         return "" if _always(cone, value, answer) else "is drawn at random"
@@ -97,13 +100,15 @@ class _Behind:
     producer: Mapping[str, Node]
     inputs: frozenset[str]
     changed: frozenset[str]
+    learnable: frozenset[str]
     cones: dict[str, list[Node]] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: Graph) -> _Behind:
         producer = {value.name: node for node in graph.nodes for value in node.outputs}
         changed = frozenset(name for node in graph.nodes for name in node.written_buffers)
-        return _Behind(producer, frozenset(value.name for value in graph.inputs), changed)
+        learnable = frozenset(fqn for fqn, info in graph.attributes.items() if info.kind == "parameter")
+        return _Behind(producer, frozenset(value.name for value in graph.inputs), changed, learnable)
 
     def cone(self, value: Any) -> Iterator[Node]:
         """The operations behind a value, in program order."""
@@ -117,6 +122,10 @@ class _Behind:
 
     def learned(self, node: Node) -> bool:
         return bool(node.parameters) or "opaque" in node.target or any(name in self.changed for name in node.buffers)
+
+    def changes(self, value: Any) -> bool:
+        """Whether it is a parameter, or a buffer that the step changes."""
+        return isinstance(value, Attribute) and (value.fqn in self.learnable or value.fqn in self.changed)
 
     def reads_batch(self, node: Node) -> bool:
         return any(name in self.inputs for name in node.reads)

@@ -7,22 +7,23 @@ on one microbatch sees all of these. Buffers and random state are left as they w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.draws import Draws, refuse_foreign_draws
+from pipecompile.capture.functions import OUTSIDE, Functions
 from pipecompile.capture.questions import Questions
 from pipecompile.capture.state import plain_attributes, reassigned, untouched
-from pipecompile.capture.structure import Tensor, Unrenderable, rebuild, tensors
+from pipecompile.capture.structure import Tensor, Unrenderable, rebuild
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
+from pipecompile.errors import CaptureError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +57,12 @@ def outline(whole: Any) -> Any:
 
 def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
     """Run ``step(batch)`` once in eager mode with gradients on and note what the traced graph will not show."""
-    seen: set[Any] = set()
     reasons: dict[str, str] = {}
     questions = Questions()
     recorder = Recorder(mark=False, keep=skeleton, keep_result=outline)
 
     def note(reason: str) -> None:
-        if call := recorder.innermost:
-            reasons.setdefault(call.key, reason)
-
-    def look(call: Tracepoint, result: Any) -> None:
-        for function in _new_functions(result, seen):
-            reasons.setdefault(call.key, f"it uses the custom autograd function {function}")
+        reasons.setdefault(call.key if (call := recorder.innermost) else OUTSIDE, reason)
 
     fqns = {module: fqn for fqn, module in model.named_modules()}
 
@@ -77,12 +72,14 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
         elif owner in fqns:
             reasons.setdefault(f"{fqns[owner]}@{recorder.counts[fqns[owner]]}", reason)
 
-    recorder.on_exit = look
+    functions = Functions()
+    recorder.on_enter, recorder.on_exit = functions.enter, functions.leave
     draws = Draws()
     checkpoints = straight_through(recorder, note_checkpoint)
     with (
         untouched(model),
-        _watch_tensor_hooks(note),
+        _watched(torch.Tensor, "register_hook", lambda: note("it registers a hook on a tensor")),
+        _watched(torch.autograd, "grad", lambda: note("it calls torch.autograd.grad")),
         checkpoints,
         recorder.around(model),
         draws.watched(recorder),
@@ -90,7 +87,7 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
         before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
         attributes = plain_attributes(model)
         with questions.answered(recorder, tracing=False):
-            step(batch)
+            functions.look(step(batch))
         changed, replaced = [], []
         for name, (buffer, contents) in before.items():
             if not buffer.is_meta and not torch.equal(buffer, contents):
@@ -98,6 +95,8 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
             if model.get_buffer(name) is not buffer:
                 replaced.append(name)
         renamed = reassigned(model, attributes)
+    for key, function in functions.found.items():
+        reasons.setdefault(key, f"it uses the custom autograd function {function}")
     owners = {
         name.rpartition(".")[0]: f"replaces its buffer {name} instead of changing it in place" for name in replaced
     }
@@ -109,6 +108,11 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
     for call in recorder.calls:
         if call.fqn in owners:
             reasons.setdefault(call.key, f"it {owners[call.fqn]}")
+    if OUTSIDE in reasons:
+        raise CaptureError(
+            f"the loss function cannot be split: {reasons[OUTSIDE]}, which only survives in a module that is called as a whole; "
+            "move that code into a module of the model whose inputs and outputs are tensors"
+        )
     refuse_foreign_draws(step, model, batch, draws)
     return Observation(
         {call.key: call for call in recorder.calls},
@@ -148,28 +152,16 @@ def _harmless(name: str) -> str:
 
 
 @contextmanager
-def _watch_tensor_hooks(note: Any) -> Iterator[None]:
-    original = torch.Tensor.register_hook
+def _watched(owner: Any, name: str, note: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, calls of a function of torch are noted."""
+    original = getattr(owner, name)
 
-    def register_hook(tensor: torch.Tensor, hook: Any) -> Any:
-        note("it registers a hook on a tensor")
-        return original(tensor, hook)  # type: ignore[no-untyped-call]
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return original(*args, **kwargs)
 
-    torch.Tensor.register_hook = register_hook  # type: ignore[method-assign]
+    setattr(owner, name, noted)
     try:
         yield
     finally:
-        torch.Tensor.register_hook = original  # type: ignore[method-assign]
-
-
-def _new_functions(result: Any, seen: set[Any]) -> Iterator[str]:
-    """Names of the custom autograd functions behind a result that no earlier look has reached."""
-    todo = [tensor.grad_fn for _, tensor in tensors(result) if tensor.grad_fn is not None]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            yield type(node).__name__.removesuffix("Backward")
-        todo.extend(parent for parent, _ in node.next_functions if parent is not None)
+        setattr(owner, name, original)

@@ -1,11 +1,14 @@
-"""Models ask torch whether they are being exported, and some then take a way that does not work."""
+"""What a model meets while it is traced and not in eager mode, put right: questions, conversions, torch's own reports."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
@@ -21,3 +24,41 @@ def told_that_it_is_not_exported() -> Iterator[None]:
     finally:
         for name, question in saved.items():
             setattr(torch.compiler, name, question)
+
+
+@contextmanager
+def conversions_skipped() -> Iterator[None]:
+    """While this lasts, ``module.to(dtype)`` in a forward does nothing to modules that are so already: parameters that are
+    being traced cannot be replaced.
+    """
+    original = nn.Module._apply
+
+    def apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        own = [*module.parameters(), *module.buffers()]
+        if all((made := function(t)).dtype == t.dtype and made.device == t.device for t in own):
+            return module
+        return original(module, function, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While this lasts, torch does not print graphs and tracebacks of a trace that stops; our errors tell of it."""
+    loggers = [found for name, found in logging.root.manager.loggerDict.items() if name.split(".")[0] == "torch"]
+    handlers = {handler for found in loggers if isinstance(found, logging.Logger) for handler in found.handlers}
+    for handler in handlers:
+        handler.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False

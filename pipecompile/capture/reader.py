@@ -20,7 +20,7 @@ from pipecompile.capture.blocks import OPAQUE
 from pipecompile.capture.checkpoints import TAG
 from pipecompile.capture.repeat import repeat
 from pipecompile.capture.sizes import Fixed, Sizes, contiguous
-from pipecompile.capture.structure import Unrenderable, leaves, merge, rebuild, tensors
+from pipecompile.capture.structure import Tensor, Unrenderable, leaves, merge, rebuild, tensors
 from pipecompile.capture.tracepoints import MARK, REGION, Recorder, Tracepoint
 from pipecompile.errors import CaptureError
 from pipecompile.ir import Attribute, AttributeInfo, Call, Node, Path, Ref, Spec, Value
@@ -58,6 +58,7 @@ class Reader:
     values: dict[str, Spec] = field(default_factory=dict)
     storage: dict[str, str] = field(default_factory=dict)
     gradient: set[str] = field(default_factory=set)
+    told: dict[str, bool] = field(default_factory=dict)
     whole: dict[int, str] = field(default_factory=dict)
     stack: list[int] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -85,7 +86,7 @@ class Reader:
             if contents.is_symbolic(whole) and environment[whole] is None:
                 if self.sizes.names:
                     raise Fixed("", f"{whole.target} of sizes goes into an operation")
-                raise contents.refuse(whole)
+                raise contents.refuse(whole, self.recorder.calls[self.stack[-1]].fqn if self.stack else "")
             return environment[whole]
         if isinstance(whole, tuple | list):
             return [self._map(part, environment) for part in whole]
@@ -122,7 +123,9 @@ class Reader:
         fqn = self.recorder.calls[index].fqn
         inside = (key.rpartition("@")[0] for key in self.drawing)
         draws = any(f"{name}.".startswith(f"{fqn}.") for name in inside)
-        self.nodes[-1] = replace(self.nodes[-1], random=draws)
+        node_ = self.nodes[-1]
+        changed = tuple(name for name in node_.buffers if name in self.changed_buffers)
+        self.nodes[-1] = replace(node_, random=draws, written_buffers=changed)
         return result
 
     def _region(self, node: fx.Node, args: list[Any], context: tuple[str, ...]) -> Any:
@@ -306,8 +309,27 @@ class Reader:
             self.stack.append(index)
             return
         self.stack.remove(index)
+        self._told_by_eager(index, seen, marked)
         results = [(path, leaf.name) for (path, _), leaf in zip(tensors(seen.result), marked) if isinstance(leaf, Ref)]
         self.calls[index] = replace(self.calls[index], last=len(self.nodes), results=tuple(results))
+
+    def _told_by_eager(self, index: int, seen: Tracepoint, marked: list[Any]) -> None:
+        """Whether a call's results need a gradient is what eager mode saw, where operations do not tell: a custom autograd
+        function's are not what its backward does, and an opaque call has none.
+        """
+        eager = self.eager.get(seen.key)
+        known = [leaf for _, leaf in leaves(eager.result) if isinstance(leaf, Tensor)] if eager else []
+        if len(known) != len(marked):
+            return
+        for leaf, tensor in zip(marked, known):
+            if not isinstance(leaf, Ref) or tensor.gradient == (leaf.name in self.gradient):
+                continue
+            if tensor.gradient:
+                self.gradient.add(leaf.name)
+                self.told[leaf.name] = True
+            elif index in self.whole:
+                self.gradient.discard(leaf.name)
+                self.told[leaf.name] = False
 
     def _begin(self, seen: Tracepoint, marked: list[Any], context: tuple[str, ...]) -> Call:
         given = iter(marked)

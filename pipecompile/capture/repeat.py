@@ -122,12 +122,15 @@ class _Move:
         while name in reader.values:
             name = f"{value.name}_{len(reader.values)}"
         gradient = carries and value.spec.dtype.startswith(("float", "bfloat", "complex"))
+        gradient = reader.told.get(value.name, gradient)
         storage = self._storage(value.storage)
         spec = replace(value.spec, gradient=gradient)
         reader.values[name] = spec
         reader.storage[name] = storage or name
         if gradient:
             reader.gradient.add(name)
+        if value.name in reader.told:
+            reader.told[name] = gradient
         self.names[value.name] = Ref(name)
         return Value(name, spec, value.path, storage)
 

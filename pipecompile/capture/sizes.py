@@ -43,6 +43,10 @@ class Fixed(Exception):
         self.name, self.why = name, why
 
 
+class Stopped(Fixed):
+    """A trace that did not come to its end, perhaps because of an open size."""
+
+
 def labels(batch: Any) -> dict[tuple[int, int], str]:
     """The dimensions of a microbatch's tensors that may be open."""
     leaves = [(i, leaf) for i, leaf in enumerate(pytree.tree_leaves(batch)) if isinstance(leaf, torch.Tensor)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (type(None), bool, int, float, str)
+Memory = tuple[int, tuple[int, ...], tuple[int, ...]] | None
 Attributes = dict[tuple[str, str], object]
 
 
@@ -22,6 +23,23 @@ def plain_attributes(model: nn.Module) -> Attributes:
         for name, value in vars(module).items()
         if isinstance(value, PLAIN) and name != "training"
     }
+
+
+def memory(tensor: object) -> Memory:
+    """Where a tensor lies; None where that cannot be told."""
+    if not isinstance(tensor, torch.Tensor) or tensor.is_meta or not tensor.numel():
+        return None
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def held_twice(model: nn.Module) -> dict[Memory, str]:
+    """The FQN of each parameter by its memory: modules in a plain list use parameters that only a ParameterList names.
+
+    A parameter that a plain attribute shares memory with (``self.frozen = self.weight.detach()``) is left out.
+    """
+    parameters = {memory(p): fqn for fqn, p in model.named_parameters()}
+    plain = {memory(value) for module in model.modules() for value in vars(module).values()}
+    return {place: fqn for place, fqn in parameters.items() if place is not None and place not in plain}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def leaves(whole: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     elif isinstance(whole, tuple | list) and not isinstance(whole, torch.Size):
         for index, part in enumerate(whole):
             yield from leaves(part, (*path, ("item", index)))
-    elif dataclasses.is_dataclass(whole) and not isinstance(whole, type | Ref | Attribute):
+    elif dataclasses.is_dataclass(whole) and not isinstance(whole, type | Ref | Attribute | Tensor):
         for field in dataclasses.fields(whole):
             yield from leaves(getattr(whole, field.name), (*path, ("attr", field.name)))
     else:
@@ -69,18 +69,21 @@ def rebuild(whole: Any, leaf: Callable[[Any], Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """Stands for a tensor in remembered arguments and results; ``dtype`` and ``device`` by their names."""
+    """Stands for a tensor in remembered arguments and results; ``dtype`` and ``device`` by their names, ``gradient``
+    whether it requires one.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str
     device: str
+    gradient: bool = False
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Tensor:
         dtype = str(tensor.dtype).removeprefix("torch.")
         stride = tensor.stride() if tensor.layout == torch.strided else ()
-        return Tensor(tuple(tensor.shape), stride, dtype, str(tensor.device))
+        return Tensor(tuple(tensor.shape), stride, dtype, str(tensor.device), tensor.requires_grad)
 
 
 def merge(traced: Any, eager: Any) -> Any:

@@ -66,6 +66,7 @@ class Recorder:
     events: list[tuple[int, bool]] = field(default_factory=list)
     stack: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    on_enter: Callable[[Tracepoint], None] | None = None
     on_exit: Callable[[Tracepoint, Any], None] | None = None
     look: Callable[[str], None] | None = None
     regions: list[str] = field(default_factory=list)
@@ -134,6 +135,8 @@ class Recorder:
                 self.look(self.calls[parent].key if self.stack else "")
             self.calls.append(Tracepoint(key, fqn, parent, self.keep(args), self.keep(kwargs)))
             self.stack.append(len(self.calls) - 1)
+            if self.on_enter:
+                self.on_enter(self.calls[-1])
             self._event((args, kwargs), entering=True)
 
         return hook
