@@ -177,7 +177,7 @@ def _some(names: list[str]) -> str:
 
 
 def _trace(task: Task, open_: Labels, fixed: dict[str, str], shapes: OpaqueShapes, repeats: bool) -> Graph:
-    recorder = Recorder(mark=True)
+    recorder = Recorder(mark=True, functions=task.seen.functions)
     places = Places(recorder)
     blocks = Blocks(recorder, task.seen.calls, task.opaque, repeats)
 

@@ -39,12 +39,17 @@ class Draws:
                     found.add(running)
             last[:] = now
 
+        def seed() -> int:
+            self.foreign.add(call.key if (call := recorder.innermost) else "")
+            return original()
+
+        original, torch.seed = torch.seed, seed
         recorder.look = look
         try:
             yield
         finally:
             look("")
-            recorder.look = None
+            recorder.look, torch.seed = None, original
 
 
 def refuse_foreign_draws(step: nn.Module, model: nn.Module, batch: Any, draws: Draws) -> None:
@@ -61,8 +66,8 @@ def refuse_foreign_draws(step: nn.Module, model: nn.Module, batch: Any, draws: D
     if len(losses) > 1:
         names = sorted(key.rpartition("@")[0] or "the model's own forward" for key in draws.foreign)
         raise CaptureError(
-            f"{', '.join(names[:3])} draws random numbers from Python or numpy, which decide what is computed: a stage would "
-            "repeat those of one run for ever. Turn it off (in a transformers configuration layerdrop=0.0, mask_time_prob=0.0 "
+            f"{', '.join(names[:3])} draws random numbers from Python or numpy, or a seed from the system, which decide what is "
+            "computed: a stage would repeat those of one run for ever. Turn it off (in a transformers configuration layerdrop=0.0, mask_time_prob=0.0 "
             "and apply_spec_augment=False), or draw with torch"
         )
 

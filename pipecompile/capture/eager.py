@@ -31,7 +31,8 @@ class Observation:
     """The calls that eager mode made, by key, why some must stay whole, and the buffers whose contents changed.
 
     ``questions`` have the answers that the model's code got when it asked for a tensor's value; ``random`` are the keys
-    of the calls that drew random numbers themselves; ``notes`` are for the user.
+    of the calls that drew random numbers themselves, ``functions`` of those that used custom autograd functions; ``notes``
+    are for the user.
     """
 
     calls: dict[str, Tracepoint]
@@ -40,6 +41,7 @@ class Observation:
     questions: Questions = field(default_factory=Questions)
     random: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    functions: frozenset[str] = frozenset()
 
 
 def skeleton(whole: Any) -> Any:
@@ -121,6 +123,7 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
         questions,
         frozenset(draws.torch),
         tuple(notes),
+        frozenset(functions.found),
     )
 
 

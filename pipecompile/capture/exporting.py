@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -53,9 +55,15 @@ def quiet() -> Iterator[None]:
     handlers = {handler for found in loggers if isinstance(found, logging.Logger) for handler in found.handlers}
     for handler in handlers:
         handler.addFilter(_nothing)
+    told, graph = io.StringIO(), ""
     try:
-        yield
+        with redirect_stderr(told):
+            yield
+    except Exception as error:
+        graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
     finally:
+        sys.stderr.write(told.getvalue().replace(graph, "") if graph else told.getvalue())
         for handler in handlers:
             handler.removeFilter(_nothing)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 
 from pipecompile.capture.raising import only_raises
 from pipecompile.capture.tracepoints import Recorder
@@ -42,17 +42,22 @@ class Questions:
     def answered(self, recorder: Recorder, tracing: bool) -> Iterator[None]:
         """Note the answers to ``bool(tensor)``, ``tensor.item()`` and the like, or with ``tracing`` give those noted."""
         asked: Counter[Place] = Counter()
-        own = {name: torch.Tensor.__dict__.get(name) for name in METHODS}
-        for name in METHODS:
-            setattr(torch.Tensor, name, self._answer(name, getattr(torch.Tensor, name), recorder, asked, tracing))
+        own = {
+            (kind, name): kind.__dict__.get(name)
+            for name in METHODS
+            for kind in (FakeTensor, torch.Tensor)
+            if kind is torch.Tensor or name in kind.__dict__
+        }
+        for kind, name in own:
+            setattr(kind, name, self._answer(name, getattr(kind, name), recorder, asked, tracing))
         try:
             yield
         finally:
-            for name, method in own.items():
+            for (kind, name), method in own.items():
                 if method is None:
-                    delattr(torch.Tensor, name)
+                    delattr(kind, name)
                 else:
-                    setattr(torch.Tensor, name, method)
+                    setattr(kind, name, method)
 
     def _answer(
         self, name: str, original: Callable[..., Any], recorder: Recorder, asked: Counter[Place], tracing: bool

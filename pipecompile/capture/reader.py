@@ -95,7 +95,8 @@ class Reader:
         return whole
 
     def _operation(self, node: fx.Node, environment: Mapping[fx.Node, Any], context: tuple[str, ...]) -> Any:
-        if self.sizes.names and isinstance(found := node.meta.get("val"), torch.SymInt):
+        found = node.meta.get("val")
+        if isinstance(found, torch.SymInt) and (self.sizes.names or found.node.expr.is_Integer):
             return self.sizes.of_size(found)
         if contents.is_symbolic(node) or str(node.target).startswith(contents.CHECKS):
             return None

@@ -70,6 +70,8 @@ class Recorder:
     on_exit: Callable[[Tracepoint, Any], None] | None = None
     look: Callable[[str], None] | None = None
     regions: list[str] = field(default_factory=list)
+    functions: frozenset[str] = frozenset()
+    """Keys of the calls with custom autograd functions, which leave torch's trace believing that gradients stay off."""
 
     @contextmanager
     def region(self, owner: nn.Module | None, given: Any, options: str = "") -> Iterator[None]:
@@ -149,6 +151,8 @@ class Recorder:
                 self.look(call.key)
             if self.on_exit:
                 self.on_exit(call, result)
+            if call.key in self.functions:
+                torch._C._set_grad_enabled(torch.is_grad_enabled())
             self._event(result, entering=False)
             self.stack.pop()
 

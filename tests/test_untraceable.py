@@ -1,0 +1,214 @@
+"""Models that a trace cannot follow: named whole, with a remedy that helps when it is copied."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pipecompile
+from pipecompile.errors import CaptureError, RuntimeFault
+from tests.zoo.harness import compiled, run
+
+WIDTH = 16
+
+
+class Net(nn.Module):
+    """Six blocks: a linear layer and the parts that ``kinds`` make."""
+
+    def __init__(self, *kinds: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts = [{"linear": nn.Linear(WIDTH, WIDTH)} | {kind.__name__: kind() for kind in kinds} for _ in range(6)]
+        self.blocks = nn.ModuleList(nn.ModuleDict(part) for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            for part in block.values():
+                x = torch.tanh(part(x))
+        return x.square().mean()
+
+
+class Numpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.from_numpy(numpy.tanh(x.detach().numpy().mean(1, keepdims=True)))
+
+
+class Rows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x.sum(1) > 0).nonzero().flatten()
+        return x.index_add(0, rows, x[rows]) if rows.numel() > 1 else x
+
+
+class Split(nn.Module):
+    """Groups of rows by an argmax: their sizes are asked for as a list."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = x[:, :3].argmax(1)
+        sizes = F.one_hot(choice, 3).sum(0).tolist()
+        order = choice.argsort(stable=True)
+        parts = [part * (k + 1) for k, part in enumerate(x[order].split(sizes))]
+        return torch.cat(parts)[order.argsort()]
+
+
+def checked(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Questions that lead to nothing but an error."""
+    loss = model(batch["x"])
+    assert loss < 100, "too large"
+    if loss < 0:
+        raise ValueError("too small")
+    return loss - torch.distributions.Normal(loss, 1.0).log_prob(batch["x"]).mean()
+
+
+class Converted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner = self.inner.to(torch.float32)
+        return self.inner(x)
+
+
+class Kept(nn.Module):
+    """A projection that is no parameter and no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = torch.randn(WIDTH, WIDTH) / 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.projection)
+
+
+class Listed(nn.Module):
+    """Layers in a plain list, known by their parameters only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+        self.known = nn.ParameterList(p for layer in self.layers for p in layer.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def case(*kinds: Any) -> tuple[nn.Module, dict[str, Tensor], None]:
+    return Net(*kinds), {"x": torch.randn(8, WIDTH)}, None
+
+
+@pytest.mark.parametrize("kind", [Split, Converted, Kept, Listed])
+def test_exact(kind: Any) -> None:
+    row = run(kind.__name__, case(kind), 4, 4, "1f1b")
+    assert row.ok, row
+
+
+def test_questions_that_only_raise_are_compiled_in() -> None:
+    model, batch, _ = case()
+    row = run("checked", (model, batch, checked), 4, 4, "1f1b")
+    assert row.ok, row
+
+
+def test_what_stands_in_the_way_is_named_whole_and_the_remedy_helps(capfd: pytest.CaptureFixture[str]) -> None:
+    """Two kinds of module in every block; a trace that fails at the first of twelve."""
+    model, batch, _ = case(Numpy, Rows)
+    with pytest.raises(CaptureError, match=rf"blocks\.0\.Numpy cannot be traced \({__file__}, line") as caught:
+        pipecompile.compile(model, batch, stages=3, microbatches=4, costs="estimate")
+    assert capfd.readouterr() == ("", ""), "torch tells nothing besides"
+    (named,) = re.findall(r"pass opaque=(\[.*?\])", str(caught.value))
+    opaque = ast.literal_eval(named)
+    assert opaque == ["blocks.*.Numpy", "blocks.*.Rows"]
+    pipe = pipecompile.compile(model, batch, stages=3, microbatches=4, costs="estimate", opaque=opaque)
+    assert torch.equal(pipe.step(batch), pipe.reference(Net(Numpy, Rows), batch))
+
+
+def test_a_remedy_is_not_named_alone_where_more_is_needed() -> None:
+    class Own(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return Numpy.forward(self, super().forward(x)[None, None]).mean()
+
+    with pytest.raises(
+        CaptureError, match=r"own forward or the loss function cannot be traced .* into a module .*besides pass opaque"
+    ):
+        compiled((Own(Numpy), {"x": torch.randn(8, WIDTH)}, None), 3, 3, "1f1b")
+
+
+class Data(nn.Module):
+    """A running mean that is assigned behind autograd's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return x - self.mean
+
+
+class Shared(Net):
+    """One such module in the first and the last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = Data()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.blocks[0]["linear"](x))
+        for block in self.blocks:
+            x = torch.tanh(block["linear"](x))
+        return self.shared(x).square().mean()
+
+
+def test_an_assignment_to_data_is_refused_with_a_remedy_that_keeps_its_buffer_in_one_stage() -> None:
+    batch = {"x": torch.randn(8, WIDTH)}
+    with pytest.raises(
+        CaptureError, match=r"shared cannot be traced: .*assignment to \.data.*pass opaque=\['shared'\]"
+    ):
+        compiled((Shared(), batch, None), 2, 2, "1f1b")
+    with pytest.raises(pipecompile.errors.PartitionError, match=r"buffer 'shared\.mean' is changed and read by"):
+        pipecompile.compile(Shared(), batch, stages=6, microbatches=4, costs="estimate", opaque=["shared"])
+
+
+class Queue(Net):
+    """A ring buffer: where it is written follows a counter that every call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(8, WIDTH))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = int(self.place)
+        self.queue[place : place + len(x)] = x.detach()
+        self.place[0] = (place + len(x)) % 8
+        return super().forward(x + self.queue.mean(0))
+
+
+def test_a_buffer_that_changes_is_no_answer_to_compile_in() -> None:
+    with pytest.raises(CaptureError, match=r"decides by a value that parameters have a part in .*place = int"):
+        compiled((Queue(), {"x": torch.randn(8, WIDTH)}, None), 3, 3, "1f1b")
+
+
+class Lengths(Net):
+    """Sizes that the batch tells, as a list."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        first, second = x.split(lengths.sum(0).tolist(), dim=1)
+        return super().forward(torch.cat([2 * first, second], 1))
+
+
+def test_a_list_that_the_batch_tells_is_compiled_in_and_checked() -> None:
+    model, batch = Lengths(), {"x": torch.randn(8, WIDTH), "lengths": torch.tensor([[3, 5]] * 8)}
+    row = run("lengths", (model, batch, None), 3, 3, "1f1b")
+    assert row.ok, row
+    pipe = compiled((model, batch, None), 3, 3, "1f1b")
+    with pytest.raises(RuntimeFault, match="asks for a value that is now 8, but was 6 when"):
+        pipe.step(batch | {"lengths": torch.tensor([[4, 4]] * 8)})
