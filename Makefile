@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden wheel-test zoo faults processes mutants figures kill-test weights-memory
+.PHONY: demo test check setup golden wheel-test zoo faults processes inductor mutants figures kill-test weights-memory
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -39,6 +39,10 @@ faults: setup
 # Every schedule on GPT-2, T5 and UNet2D in two real processes; two replicas of two ranks.
 processes: setup
 	PIPECOMPILE_ALL_PROCESSES=1 $(BIN)/python -m pytest tests/test_schedules_processes.py tests/test_replicas.py
+
+# Stages under torch.compile with its default backend, which compiles C++: other sizes, dropout, two real processes.
+inductor: setup
+	PIPECOMPILE_INDUCTOR=1 $(BIN)/python -m pytest tests/test_compiled_stages.py
 
 # Random changes of programs of every schedule: what a reference interpreter finds wrong, verify refuses by name.
 mutants: setup

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.capture import Loss, copied, untouched
+from pipecompile.capture.outputs import with_outputs
 from pipecompile.compare import differences, gradients, gradients_aside, worst
 from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import Weigh, compile_model
@@ -49,6 +50,7 @@ def compile(
     opaque: tuple[str, ...] = (),
     recompute: Recompute = "none",
     gradient_dtype: torch.dtype | None = None,
+    outputs: bool = False,
     check: bool = True,
     progress: bool = True,
     source: Mapping[str, Any] | None = None,
@@ -61,7 +63,8 @@ def compile(
     of ``opaque`` are never cut. ``recompute`` says what runs again before its backward instead of keeping what it saves:
     "none", "calls" (each large module call) or "stage", for all stages or by stage ({0: "stage"}). With ``gradient_dtype``
     (torch.float32), gradients of bfloat16 and float16 parameters are summed in that dtype and trained as
-    ``pipe.master_parameters()``. ``check=False`` skips the comparison of one microbatch with the unsplit model. In a
+    ``pipe.master_parameters()``. With ``outputs``, ``pipe.evaluate(batch, outputs=True)`` gives what the model itself
+    returns, besides what ``loss`` does. ``check=False`` skips the comparison of one microbatch with the unsplit model. In a
     process group, rank 0 compiles and every rank gets its result.
 
     Raises CaptureError, PartitionError, ScheduleError, CostError, MemoryLimitError, BatchError or VerificationError.
@@ -87,7 +90,8 @@ def compile(
     def files() -> str:
         microbatch = copied(split(batch, microbatches)[0])
         price = _price(costs, model, microbatch, device, progress)
-        compiled = compile_model(model, microbatch, loss, price, options, _weigh(costs, model, microbatch))
+        traced = with_outputs(loss) if outputs else loss
+        compiled = compile_model(model, microbatch, traced, price, options, _weigh(costs, model, microbatch))
         note = _check(compiled, model, microbatch, loss) if check else "not checked against the unsplit model"
         plan = compiled.plan(source or {}, note, _formulas(compiled, device))
         return json.dumps(build_files(plan, compiled.program, compiled.sources))

@@ -243,10 +243,17 @@ class Pipe:
     def evaluate(self, batch: Any, outputs: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss that ``step`` would give, forward only: no gradient is made or touched, nothing is kept for one.
 
-        With ``outputs`` also, on every rank, what the loss function returns besides the loss, ``(loss, {"scores": …})``:
-        scalars as means over the microbatches, other tensors concatenated along dim 0, truths as uint8.
+        With ``outputs`` also, on every rank, what the loss function returns besides the loss, ``(loss, {"scores": …})``,
+        and what the model does if it was compiled with ``outputs=True``, by name ("logits"; "output" for a tensor alone):
+        scalars as means over the microbatches, other tensors concatenated along the batch's dimension (else dim 0), truths
+        as uint8. BuildError if there is nothing to give.
         Every rank calls it and gets the loss. Modules are in the mode, train or eval, in which the caller has put them.
         """
+        if outputs and not self.plan.reported:
+            raise BuildError(
+                "there are no outputs to give: compile with outputs=True for what the model returns, or return "
+                "(loss, {name: tensor}) from the loss function"
+            )
         self._masters.write_back()
         with torch.no_grad():
             loss = self._run(batch, trains=False, outputs=outputs)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
 import torch
 
 from pipecompile.errors import BuildError
-from tests.test_step_options import told
-from tests.test_training import Tied, compiled, words
+from pipecompile.runtime import connect
+from tests.runtime.processes import run
+from tests.test_step_options import assert_uneven_is_exact, told
+from tests.test_training import Tied, compiled, cross_entropy, tokens, words
+
+slow = pytest.mark.skipif(
+    "PIPECOMPILE_INDUCTOR" not in os.environ, reason="make inductor: C++ is compiled for a minute"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +64,44 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match="needs a C\\+\\+ compiler on the CPU, and there is no 'no-such-compiler'"):
         compiled(Tied()).compile_stages()
+
+
+@slow
+@pytest.mark.parametrize(("loss", "schedule"), [(cross_entropy, "zb-h1"), (tokens, "1f1b")])
+def test_inductor_trains_alike_at_several_sizes(loss: Any, schedule: str) -> None:
+    assert_uneven_is_exact(loss, prepare=lambda pipe: pipe.compile_stages(), schedule=schedule)
+
+
+@slow
+def test_inductor_draws_the_same_numbers_again_and_in_other_cuts() -> None:
+    losses = []
+    for stages in (4, 4, 2):
+        torch.compiler.reset()
+        pipe = compiled(Tied(noisy=True), stages=stages)
+        pipe.compile_stages()
+        losses.append([float(pipe.step(words())) for _ in range(3)])
+        assert losses[-1][0] != losses[-1][1]
+    assert losses[0] == losses[1]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def ranks_run_inductor(rank: int) -> str:
+    connect(timeout_s=150)
+    options: dict[str, Any] = {"schedule": "interleaved-1f1b", "ranks": 2}
+    assert_uneven_is_exact(tokens, prepare=lambda pipe: pipe.compile_stages(), **options)
+    model = Tied(noisy=True)
+    pipe = compiled(model, told, **options)
+    pipe.compile_stages()
+    pipe.step(words())
+    return f"{float(pipe.step(words())):.6f} {float(pipe.metrics['accuracy']):.6f}"
+
+
+@slow
+def test_inductor_in_two_processes() -> None:
+    first, second = run(ranks_run_inductor, 2, timeout_s=200)
+    assert first == second
+    model = Tied(noisy=True)
+    pipe = compiled(model, told, stages=2)
+    pipe.compile_stages()
+    pipe.step(words())
+    assert first.startswith(f"{float(pipe.step(words())):.6f} ")

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from pipecompile.errors import BatchError, CaptureError
+import pipecompile
+from pipecompile.errors import BatchError, BuildError, CaptureError
 from pipecompile.runtime import split
+from tests.models import MODELS
 from tests.test_masters import Unsplit, by_name, narrow
 from tests.test_training import MICROBATCHES, Tied, compiled, tokens, words
 
@@ -97,10 +99,11 @@ def accumulate(model: nn.Module, batch: Any, loss: Any) -> Tensor:
     return value.detach()
 
 
-def assert_uneven_is_exact(loss: Any, **options: Any) -> None:
+def assert_uneven_is_exact(loss: Any, prepare: Any = lambda pipe: None, **options: Any) -> None:
     model = Tied()
     unsplit = copy.deepcopy(model)
     pipe = compiled(model, loss, **options)
+    prepare(pipe)
     for rows in (10, 8, 7):
         batch = uneven(rows)
         torch.testing.assert_close(pipe.step(batch), accumulate(unsplit, batch, loss), rtol=1e-6, atol=0)
@@ -190,3 +193,69 @@ def ranks_sum_a_tied_master() -> None:
     mine, theirs = dict(pipe.named_master_parameters())["table.weight"].grad, unsplit.masters[0].grad
     assert mine.dtype == torch.float32
     assert float((mine - theirs).norm() / theirs.norm()) < 5e-3
+
+
+class Given(nn.Module):
+    """Gives a structure: scores with the batch second, a scalar, what it was given, and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tied()
+
+    def forward(self, words: Tensor, next: Tensor) -> dict[str, Any]:
+        hidden = self.inner.table(words)
+        scores = self.inner.head(self.inner.blocks(hidden))
+        loss = F.cross_entropy(scores, next)
+        return {
+            "loss": loss,
+            "turned": scores.t(),
+            "words": words,
+            "some": [hidden, {"size": scores.norm()}],
+            "no": None,
+        }
+
+
+def assert_gives_outputs(**options: Any) -> None:
+    model = Given()
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model, None, outputs=True, **options)
+    assert torch.equal(pipe.step(words()), pipe.reference(unsplit, words()))
+    for batch in (words(2), uneven(10)):
+        with torch.no_grad():
+            wanted = unsplit(**batch)
+            parts = [unsplit(*part) for part in zip(*(t.tensor_split(MICROBATCHES) for t in batch.values()))]
+        _, outputs = pipe.evaluate(batch, outputs=True)
+        assert outputs.keys() == {"turned", "some[0]", "some[1]['size']"}
+        torch.testing.assert_close(outputs["turned"], wanted["turned"])
+        assert torch.equal(outputs["some[0]"], wanted["some"][0])
+        sizes = torch.stack([part["some"][1]["size"].double() for part in parts])
+        torch.testing.assert_close(outputs["some[1]['size']"], sizes.mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": "zb-h1", "recompute": "stage"}], ids=str)
+def test_what_the_model_gives(options: dict[str, Any]) -> None:
+    assert_gives_outputs(**options)
+
+
+def ranks_give_outputs() -> None:
+    assert_gives_outputs(schedule="interleaved-1f1b", ranks=2)
+
+
+def test_what_a_language_model_gives() -> None:
+    model, batch, loss = MODELS["gpt2"]()
+    pipe = pipecompile.compile(model, batch, stages=4, microbatches=4, loss=loss, costs="estimate", outputs=True)
+    with torch.no_grad():
+        wanted = model(**batch)
+    _, outputs = pipe.evaluate(batch, outputs=True)
+    assert outputs.keys() == {"logits"}
+    torch.testing.assert_close(outputs["logits"], wanted.logits)
+    assert "report({'logits': " in pipe.source(3)
+
+
+def test_no_outputs_are_named() -> None:
+    with pytest.raises(BuildError, match="there are no outputs to give: compile with outputs=True"):
+        compiled(Tied()).evaluate(words(), outputs=True)
+    with pytest.raises(CaptureError, match="the loss function calls only parts of it"):
+        compiled(Tied(), lambda model, batch: model.table(batch["words"]).square().mean(), outputs=True)
+    pipe = compiled(Tied(), told, outputs=True)
+    assert torch.equal(*(pipe.evaluate(words(), outputs=True)[1][name] for name in ("output", "scores")))

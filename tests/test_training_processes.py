@@ -10,6 +10,7 @@ from tests.test_masters import ranks_resume_masters, replicas_train_masters
 from tests.test_scaling import ranks_scale_alike
 from tests.test_step_options import (
     assert_uneven_is_exact,
+    ranks_give_outputs,
     ranks_recompute_and_tell,
     ranks_sum_a_tied_master,
     ranks_train_masters,
@@ -29,6 +30,7 @@ CASES = (
     ranks_take_uneven_batches,
     ranks_scale_alike,
     ranks_leave_none,
+    ranks_give_outputs,
     replicas_train_masters,
 )
 

@@ -2,11 +2,12 @@
 
 loss function   (loss, {"accuracy": scalar, "scores": tensor})
 stage           report({"accuracy": accuracy, "scores": scores})
-every rank      accuracy: the mean over the microbatches       scores: concatenated along dim 0
+every rank      accuracy: the mean over the microbatches       scores: concatenated along the batch's dimension
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from pipecompile.ir import Value
+from pipecompile.ir import Size, Value
 from pipecompile.ir.size import shape_at
 
 Sizes = Sequence[Mapping[str, int]]
@@ -74,10 +75,21 @@ class Gathering:
         shape = value.spec.shape
         if not parts:
             shapes = [shape_at(shape, sizes) if sizes else shape for sizes in self._sizes]
-            rows = (sum(one[0] for one in shapes), *shapes[0][1:]) if shape else ()
-            return torch.zeros(rows, dtype=_summed(getattr(torch, value.spec.dtype), bool(shape)), device=device)
-        whole = torch.cat(parts) if shape else torch.stack([part.to(torch.float64) for part in parts]).mean()
+            along = _batch_dimension(shape)
+            whole_shape = [sum(sizes) if d == along else sizes[0] for d, sizes in enumerate(zip(*shapes))]
+            return torch.zeros(whole_shape, dtype=_summed(getattr(torch, value.spec.dtype), bool(shape)), device=device)
+        whole = (
+            torch.cat(parts, _batch_dimension(shape))
+            if shape
+            else torch.stack([part.to(torch.float64) for part in parts]).mean()
+        )
         return whole.to(_summed(whole.dtype, bool(shape)))
+
+
+def _batch_dimension(shape: Sequence[int]) -> int:
+    """The first dimension that follows from the rows of a microbatch; 0 if none does."""
+    found = (d for d, size in enumerate(shape) if isinstance(size, Size) and re.search(r"\bbatch\b", size.text))
+    return next(found, 0)
 
 
 def _summed(dtype: torch.dtype, rows: bool) -> torch.dtype:
