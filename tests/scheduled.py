@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 import pipecompile
-from pipecompile.ir import Shape
+from pipecompile.ir import Partition, Shape
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.schedules import find_schedule, make_timetable, schedule_names
+from pipecompile.plan import Plan
 from tests.asynchronous import RULES, Version, train
-from tests.models import MODELS, SAMPLES, Case
+from tests.compiled import case, files
+from tests.models import Case
 from tests.oracle import Outcome, accumulate, assert_same
 
 MICROBATCHES = 4
@@ -37,17 +39,6 @@ def per_rank(schedule: str) -> int:
     return find_schedule(schedule).per_rank or (2 if schedule in LOOPED else 1)
 
 
-def case(name: str, microbatches: int = MICROBATCHES) -> Case:
-    """A shared model as ``compile`` leaves it, without a cache of keys, and a batch with a sample for each microbatch."""
-    model, batch, loss = MODELS[name]()
-    if microbatches > SAMPLES:
-        batch = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in batch.items()}
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.use_cache = False
-    return model, batch, loss
-
-
 @functools.cache
 def unsplit(name: str, steps: int = 1) -> Outcome:
     """What so many steps in a row leave behind, the loss being the last one's."""
@@ -58,32 +49,21 @@ def unsplit(name: str, steps: int = 1) -> Outcome:
 
 
 @functools.cache
-def compiled(name: str, stages: int, ranks: int, microbatches: int) -> pipecompile.Pipe:
-    model, batch, loss = case(name, microbatches)
-    return pipecompile.compile(
-        model,
-        batch,
-        stages=stages,
-        ranks=ranks,
-        microbatches=microbatches,
-        schedule="1f1b" if stages == ranks else "looped-bfs",
-        loss=loss,
-        costs="estimate",
-        check=False,
-        progress=False,
-    )
+def compiled(name: str, stages: int, ranks: int, microbatches: int) -> tuple[dict[str, str], Partition]:
+    """The files of a build, and what its programs are made for."""
+    build = files(name, stages, ranks, microbatches, "1f1b" if stages == ranks else "looped-bfs")
+    return build, Plan.from_json(json.loads(build["plan.json"])).partition
 
 
 def under(schedule: str, name: str, ranks: int, microbatches: int = MICROBATCHES) -> tuple[pipecompile.Pipe, Case]:
     """The model's stages in the order of ``schedule``, with a model that nothing has trained."""
     stages = ranks * per_rank(schedule)
-    first = compiled(name, stages, ranks, microbatches)
-    partition = first.plan.partition
+    build, partition = compiled(name, stages, ranks, microbatches)
     timetable = make_timetable(schedule, Shape(stages, ranks, microbatches), partition=partition)
     program = communicate(timetable, partition)
     model, batch, loss = case(name, microbatches)
-    files = {**first._files, "program.json": json.dumps(program.to_json())}
-    return pipecompile.Pipe(files, model, loss), (model, batch, loss)
+    build = {**build, "program.json": json.dumps(program.to_json())}
+    return pipecompile.Pipe(build, model, loss), (model, batch, loss)
 
 
 def check(schedule: str, name: str, ranks: int, steps: int = 1) -> list[str]:

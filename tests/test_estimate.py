@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipecompile.capture import capture
 from pipecompile.cost import estimate, measure
 from pipecompile.errors import CostError
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Node, Ref, Spec, Value
 from pipecompile.machine import Machine, find_machine
 from pipecompile.passes.lift import lift
-from tests.models import MODELS
+from tests.compiled import case, traced
 
 X = Spec((8, 32), "float32", gradient=True)
 # 1 FLOP a ms in float32, 2 in bfloat16; moving and launching are free, so that a time is a number of FLOPs
@@ -142,9 +141,9 @@ def test_a_value_of_an_unknown_node_is_an_error_that_names_its_reader() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "unet2d"])
 def test_shapes_alone_give_nearly_the_bytes_that_a_run_keeps(name: str, tmp_path: Path) -> None:
-    model, batch, loss = MODELS[name]()
+    model, batch, _ = case(name)
     part: Any = {key: tensor[:2] for key, tensor in batch.items()}  # type: ignore[union-attr]
-    whole = lift(capture(model, part, loss))
+    whole = lift(traced(name, rows=2))
     measured = measure(whole, model, part, tmp_path / "costs.json")
     estimated = estimate(whole, find_machine("h100"))
     assert list(estimated) == list(measured)

@@ -18,7 +18,7 @@ from pipecompile.cli.compile import recompute_modes
 from pipecompile.compare import buffers, gradients
 from pipecompile.errors import MemoryLimitError, RuntimeFault, ScheduleError
 from pipecompile.runtime import recompute
-from tests.models import MODELS
+from tests.compiled import case, files
 from tests.test_training import WIDTH, Tied, autocast_loss, compiled, cross_entropy, tokens, words
 
 MIXED = {0: "stage", 1: "calls", 3: "stage"}
@@ -61,8 +61,8 @@ def test_autocast_is_that_of_the_first_run(mode: str, schedule: str) -> None:
 
 @pytest.mark.parametrize(("name", "mode"), [("gpt2", "stage"), ("llama", "calls")])
 def test_models(name: str, mode: str) -> None:
-    model, batch, loss = MODELS[name]()
-    pipe = pipecompile.compile(model, batch, stages=4, microbatches=4, loss=loss, costs="estimate", recompute=mode)
+    model, batch, loss = case(name)
+    pipe = pipecompile.Pipe(files(name, 4, 4, 4, recompute=(mode,) * 4), model, loss)
     marks = {"stage": "@recomputed", "calls": "= recompute(self."}
     assert sum(marks[mode] in pipe.source(s) for s in range(4)) >= 2, pipe.source(0)
     assert_step_is_exact(pipe, model, batch)

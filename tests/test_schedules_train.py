@@ -18,12 +18,12 @@ from pipecompile.runtime.executor import Executor, Step
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.wiring import Forward
 from tests.asynchronous import Version
+from tests.models import MODELS
 from tests.oracle import Outcome, assert_same
 from tests.scheduled import (
     FLUSHING,
     MICROBATCHES,
     UPDATING,
-    case,
     check,
     check_updates,
     little_effort,
@@ -50,7 +50,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(name: str, schedule: str, stages: int, ranks: int) -> pipecompile.Pipe:
     """Compile with the schedule, run one step, compare."""
-    model, batch, loss = case(name)
+    model, batch, loss = MODELS[name]()
     pipe = pipecompile.compile(
         model,
         batch,
@@ -95,14 +95,14 @@ def test_the_oracle_tells_other_delays_apart(schedule: str, rule: Version) -> No
 @pytest.mark.parametrize("schedule", FLUSHING)
 def test_compiled_with_the_schedule(schedule: str) -> None:
     each = per_rank(schedule)
-    pipe = train("gpt2", schedule, stages=4 if each == 2 else 3, ranks=2 if each == 2 else 3)
+    pipe = train("mlp", schedule, stages=4 if each == 2 else 3, ranks=2 if each == 2 else 3)
     assert pipe.program.schedule.startswith(schedule)
 
 
 def test_a_schedule_of_ones_own_trains(tmp_path: Path) -> None:
     path = tmp_path / "my.py"
     path.write_text(OWN)
-    pipe = train("gpt2", f"{path}:mine", stages=2, ranks=2)
+    pipe = train("mlp", f"{path}:mine", stages=2, ranks=2)
     assert "BACKWARD_WEIGHT" in {one.op for row in pipe.program.rows for one in row}
 
 

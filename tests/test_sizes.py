@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile import Pipe
-from pipecompile.compiled import Options
-from pipecompile.compiler import compile_model
 from pipecompile.errors import BatchError, BuildError, MemoryLimitError
 from pipecompile.ir.size import read_size
-from pipecompile.pipe import build_files
-from pipecompile.runtime import RankRuntime, connect, split
+from pipecompile.runtime import RankRuntime, connect
+from tests.compiled import case, files
 from tests.models import MODELS
 from tests.oracle import Outcome, accumulate, assert_same
 from tests.runtime.processes import run
@@ -28,19 +26,7 @@ MICROBATCHES = 4
 
 def compiled(name: str, stages: int = 4, ranks: int = 4, schedule: str = "1f1b") -> dict[str, str]:
     """The files of a build for the sizes of the six models."""
-    model, batch, loss = MODELS[name]()
-    options = Options(stages=stages, ranks=ranks, microbatches=MICROBATCHES, schedule=schedule)
-    found = compile_model(model, split(batch, MICROBATCHES)[0], loss, price, options)
-    return build_files(found.plan({}), found.program, found.sources)
-
-
-def eager(name: str) -> Any:
-    """The model that is never split, without a cache."""
-    model, batch, loss = MODELS[name]()
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.use_cache = False
-    return model, batch, loss
+    return files(name, stages, ranks, MICROBATCHES, schedule, price)
 
 
 def resized(batch: Any, rows: int, lengths: dict[int, int]) -> Any:
@@ -65,12 +51,12 @@ def resized(batch: Any, rows: int, lengths: dict[int, int]) -> Any:
     ],
 )
 def test_other_sizes_give_the_unsplit_models_gradients(name: str, sizes: list[tuple[int, dict[int, int]]]) -> None:
-    files = compiled(name)
+    build = compiled(name)
     for rows, lengths in sizes:
-        model, first, loss = eager(name)
+        model, first, loss = case(name)
         batch = resized(first, rows, lengths)
-        mine = MODELS[name]()[0]
-        pipe = Pipe(files, mine, loss)
+        mine = case(name)[0]
+        pipe = Pipe(build, mine, loss)
         pipe.step(first)  # the compiled sizes, then the others
         mine.zero_grad()
         mine.load_state_dict(model.state_dict())
@@ -85,7 +71,7 @@ STEPS: list[tuple[int, dict[int, int]]] = [(8, {}), (16, {16: 9}), (4, {16: 24})
 def train(rank: int, files: dict[str, str], shared_memory: bool) -> tuple[list[float], dict[str, Any]]:
     """This rank's losses, and the gradients of its stages after all steps together."""
     connect(timeout_s=30)
-    model, first, loss = MODELS["gpt2"]()
+    model, first, loss = case("gpt2")
     pipe = Pipe(files, model, loss)
     plan = pipe.plan
     runtime = RankRuntime(
@@ -104,7 +90,7 @@ def train(rank: int, files: dict[str, str], shared_memory: bool) -> tuple[list[f
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_processes_follow_the_sizes(shared_memory: bool) -> None:
-    model, first, loss = eager("gpt2")
+    model, first, loss = case("gpt2")
     expected = [accumulate(model, resized(first, *sizes), loss, MICROBATCHES) for sizes in STEPS]
     answers = run(train, 2, compiled("gpt2", 4, 2, "interleaved-1f1b"), shared_memory)
     seen = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,14 +17,14 @@ from pipecompile.saving import Share, check_start, load_training, on_every_rank,
 from pipecompile.weights import folder, optimizer_state, random_state
 from pipecompile.weights.checkpoint import INDEX, open_checkpoint
 from pipecompile.weights.layout import Layout, everything
+from tests.compiled import case, files
 from tests.models import MODELS
 from tests.weights.killing import share
 
 
 def compiled(name: str, stages: int = 2) -> tuple[nn.Module, pipecompile.Pipe]:
-    model, batch, loss = MODELS[name]()
-    options: dict[str, Any] = {"microbatches": 2, "loss": loss, "costs": "estimate", "check": False, "progress": False}
-    return model, pipecompile.compile(model, batch, stages=stages, **options)
+    model, _, loss = case(name)
+    return model, pipecompile.Pipe(files(name, stages, stages, microbatches=4), model, loss)
 
 
 def tiny() -> tuple[nn.Module, torch.optim.Optimizer, Share]:
