@@ -21,13 +21,16 @@ from tests.models import MODELS, SAMPLES, Case
 
 Price = Callable[[Graph], Mapping[str, NodeCost]]
 CPU = MACHINES["cpu"]
+ROWS = 2
+"""Of a microbatch."""
 
 
-def case(name: str, microbatches: int = 1) -> Case:
-    """A shared model as ``compile`` leaves it, without a cache of keys, and a batch with a sample for each microbatch."""
+def case(name: str, microbatches: int = SAMPLES // ROWS) -> Case:
+    """A shared model as ``compile`` leaves it, without a cache of keys, and a batch with ``ROWS`` for each microbatch."""
     model, batch, loss = MODELS[name]()
-    if microbatches > SAMPLES:
-        batch = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+    if microbatches * ROWS > SAMPLES:
+        times = microbatches * ROWS // SAMPLES
+        batch = {key: value.repeat(times, *[1] * (value.dim() - 1)) for key, value in batch.items()}
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.use_cache = False
@@ -35,10 +38,10 @@ def case(name: str, microbatches: int = 1) -> Case:
 
 
 @functools.cache
-def traced(name: str, rows: int) -> Graph:
-    """One of the six models' step on a microbatch of so many rows."""
+def traced(name: str) -> Graph:
+    """One of the six models' step on a microbatch."""
     model, batch, loss = case(name)
-    return with_notes(capture(model, split(batch, SAMPLES // rows)[0], loss))
+    return with_notes(capture(model, split(batch, SAMPLES // ROWS)[0], loss))
 
 
 def estimated(graph: Graph) -> Mapping[str, NodeCost]:
@@ -56,8 +59,7 @@ def title(name: str) -> str:
 
 
 def compiled(name: str, options: Options, price: Price = estimated) -> Compiled:
-    graph = traced(name, rows=max(1, SAMPLES // options.microbatches))
-    return of_graph(graph, title(name), options, price)
+    return of_graph(traced(name), title(name), options, price)
 
 
 def of_graph(graph: Graph, name: str, options: Options, price: Price = estimated) -> Compiled:

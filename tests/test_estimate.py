@@ -143,7 +143,7 @@ def test_a_value_of_an_unknown_node_is_an_error_that_names_its_reader() -> None:
 def test_shapes_alone_give_nearly_the_bytes_that_a_run_keeps(name: str, tmp_path: Path) -> None:
     model, batch, _ = case(name)
     part: Any = {key: tensor[:2] for key, tensor in batch.items()}  # type: ignore[union-attr]
-    whole = lift(traced(name, rows=2))
+    whole = lift(traced(name))
     measured = measure(whole, model, part, tmp_path / "costs.json")
     estimated = estimate(whole, find_machine("h100"))
     assert list(estimated) == list(measured)

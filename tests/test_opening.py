@@ -85,5 +85,5 @@ def test_a_memory_limit_moves_the_cuts() -> None:
     limit = int(0.95 * max(free.forecast.peak_bytes))
     tight = compiled_of("gpt2", Options(4, 4, 8, memory=limit))
     assert max(tight.forecast.peak_bytes) <= limit < max(free.forecast.peak_bytes)
-    model, batch, loss = case("gpt2")
+    model, batch, loss = case("gpt2", 8)
     assert_exact(Pipe(build_of(tight), model, loss), model, batch)
