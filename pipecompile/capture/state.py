@@ -70,7 +70,7 @@ def _give_back(model: nn.Module, buffers: Mapping[str, Tensor], attributes: Attr
                 setattr(model.get_submodule(owner), last, buffer)
     modules = dict(model.named_modules())
     for (fqn, name), value in attributes.items():
-        if vars(modules[fqn]).get(name, value) is not value:
+        if vars(modules[fqn]).get(name, modules) is not value:  # another one, or none
             setattr(modules[fqn], name, value)
 
 
