@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipecompile
+from pipecompile.capture import capture
 from pipecompile.errors import CaptureError
 from tests.zoo.harness import run
 
@@ -76,3 +77,13 @@ def test_a_size_that_goes_into_an_operation_is_refused_and_the_remedy_helps() ->
         pipecompile.compile(Net(), batch(), stages=2, microbatches=2, costs="estimate", loss=loss)
     pipe = pipecompile.compile(Net(), batch(), stages=2, microbatches=2, costs="estimate", loss=loss, opaque=("rows",))
     assert pipe.step(batch()).isfinite()
+
+
+class Explains(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("the reason\nand a page that explains it")
+
+
+def test_of_a_long_error_the_first_line_is_told() -> None:
+    with pytest.raises(CaptureError, match=r"line \d+: raise .*: ValueError: the reason; make loss"):
+        capture(Explains(), (torch.randn(2, 4, 8),))

@@ -235,7 +235,7 @@ def _observe(step: Step, model: nn.Module, batch: Any) -> Observation:
         raise
     except Exception as error:
         raise CaptureError(
-            f"the model fails by itself, before any tracing{_where(error)}: {type(error).__name__}: {error}; "
+            f"the model fails by itself, before any tracing{_where(error)}: {type(error).__name__}: {_first_line(error)}; "
             "make loss(model, batch) run on one microbatch first"
         ) from error
 
