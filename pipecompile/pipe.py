@@ -213,6 +213,9 @@ class Pipe:
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
         Sizes that the model leaves open (``plan.sizes``: rows, sequence length) may be others than the compiled ones.
         Each replica is given a batch of its own, and loss and gradients are the mean over the microbatches of all.
+        For a seed, the loss and each gradient that one stage makes are those of any other cut, bit for bit. Where several
+        stages make parts of a gradient (a tied parameter; what lies before a value that several stages read), each adds up
+        its part over the microbatches first, which the unsplit model does within each microbatch: equal to rounding.
 
         A schedule that never flushes (``pipedream``, ``pipedream-2bw``) updates weights while it runs, with ``optimizer``
         over ``parameters()``: after each microbatch, by the gradient of its loss, or after each group of as many
