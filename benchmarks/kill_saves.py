@@ -6,25 +6,29 @@ python -m benchmarks.kill_saves [KILLS]
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from tests.weights.killing import check
+from tests.runtime.processes import CONTEXT
+from tests.weights.killing import check, forever
 
 
 def kill_once(directory: Path, step: int, moment: random.Random) -> tuple[int, int, bool]:
     """Start the saver after ``step``, kill it during some save; (last step it told, newest complete, cut a save off)."""
-    command = [sys.executable, "-m", "tests.weights.killing", str(directory), str(step)]
-    saver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert saver.stdout is not None
-    told = int(saver.stdout.readline())
+    here, there = CONTEXT.Pipe(duplex=False)
+    saver = CONTEXT.Process(target=forever, args=(str(directory), step, there))
+    saver.start()
+    there.close()
+    told = here.recv()
     time.sleep(moment.uniform(0, 0.15))
     saver.kill()
-    told = max([told, *map(int, saver.stdout.read().split())])
-    saver.wait()
+    with suppress(EOFError):
+        while True:
+            told = here.recv()
+    saver.join()
     cut = any(directory.glob(".step-*.partial"))
     return told, check(directory), cut
 

@@ -1,8 +1,8 @@
-"""Saves one checkpoint after another until it is killed: ``python -m tests.weights.killing DIR FIRST_STEP``."""
+"""Saves one checkpoint after another until it is killed (``benchmarks.kill_saves``), and reads what is left."""
 
 from __future__ import annotations
 
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ def share(model: nn.Module) -> Share:
     return Share(Layout.of(model), holds, stages, 0, 1)
 
 
-def forever(directory: str, step: int) -> None:
-    """Each checkpoint's weights are all equal to its step."""
+def forever(directory: str, step: int, told: Connection) -> None:
+    """Each checkpoint's weights are all equal to its step, which is told when it is saved."""
+    torch.set_num_threads(1)
     model = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
@@ -37,7 +38,7 @@ def forever(directory: str, step: int) -> None:
             for parameter in model.parameters():
                 parameter.fill_(step)
         save_checkpoint(share(model), directory, step, optimizer)
-        print(step, flush=True)
+        told.send(step)
 
 
 def check(directory: Path) -> int:
@@ -53,8 +54,3 @@ def check(directory: Path) -> int:
         assert len(seen) == 1, f"{place} mixes values of steps {seen}"
         assert seen == {folder.step_of(newest)} or place == directory
     return folder.step_of(newest)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    forever(sys.argv[1], int(sys.argv[2]))
