@@ -65,8 +65,11 @@ class Footprint:
         state = sum(int(self.partition.costs[s].trainable_bytes * self.optimizer_factor) for s in mine)
         masters = sum(self.partition.costs[s].master_bytes for s in mine)
         state += 2 * masters + int(masters / 2 * self.optimizer_factor)  # with their gradients; state is twice as wide
-        batch = max(use.after for s in mine for use in self.partition.costs[s].uses if use.op == "BATCH")
-        return self._hold(rank, "after") + state + batch * self.program.shape.microbatches
+        batch, libraries = (
+            max((use.after for s in mine for use in self.partition.costs[s].uses if use.op == op), default=0)
+            for op in ("BATCH", "LIBRARIES")
+        )
+        return self._hold(rank, "after") + state + libraries + batch * self.program.shape.microbatches
 
     def _places(self, rank: int, under_way: Mapping[Channel, int]) -> int:
         """Room for messages: those sent and not known to have arrived, and those that are received next."""

@@ -126,6 +126,8 @@ _NAMED = (
         10.0,
     ),
 )
+"""Peak figures without sparsity from the vendors' data sheets: NVIDIA Tesla V100 (2018), A100 (2021), L40S (2023), H100 and
+H200 Tensor Core GPU (2022, 2024), AMD Instinct MI300X (2023). Links are one direction: half of what these sheets state."""
 MACHINES: Mapping[str, Machine] = {machine.name: machine for machine in _NAMED}
 
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pipecompile.capture import untouched
 from pipecompile.compare import gradients_aside
 from pipecompile.cost.meter import Meter, meter_of
+from pipecompile.cost.stopwatch import Stopwatch
 from pipecompile.ir import AFTER_HALF, COMPUTE, SENDS, Instruction, Partition, Program, Shape, StagePlan, Use
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.schedules import make_timetable
@@ -47,13 +48,13 @@ class Copies(Mailboxes):
 
 @dataclass
 class Scale:
-    """The stages' own gradients, and what was noted of each kind of instruction."""
+    """The stages' own gradients, and what was noted of each kind of instruction: ``times`` are where it began and ended."""
 
     stages: Mapping[int, nn.Module]
-    device: torch.device
+    watch: Stopwatch
     split: bool
     meter: Meter | None = None
-    times: dict[Kind, list[float]] = field(default_factory=dict)
+    times: dict[Kind, list[tuple[Any, Any]]] = field(default_factory=dict)
     bytes: dict[Kind, tuple[int, int]] = field(default_factory=dict)
     gradients: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
@@ -70,19 +71,17 @@ class Scale:
         before = self.meter.live if self.meter else 0
         if self.meter:
             self.meter.begin()
-        begin = self._now()
+        begin = self.watch.mark()
         yield
-        self.times.setdefault(kind, []).append((self._now() - begin) * 1e3)
+        self.times.setdefault(kind, []).append((begin, self.watch.mark()))
         if self.meter:
             copied = sum(spec.bytes for spec in step.operand.message.specs) if one.op in SENDS else 0
             self.bytes[kind] = (self.meter.live - before - copied, self.meter.peak - before - copied)
         for p in mine:
             self.gradients[one.stage, id(p)], p.grad = p.grad, None
 
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+    def median_ms(self, kind: Kind) -> float:
+        return statistics.median(self.watch.between(begin, end) for begin, end in self.times[kind])
 
 
 def weigh(
@@ -104,8 +103,12 @@ def weigh(
     uses: dict[int, list[Use]] = {s: _standing(stage, microbatch) for s, stage in stages.items()}
     with gradients_aside(model), untouched(model):
         for split, program in enumerate(_programs(partition)):
-            runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies())
-            for s, use in _observe(runtime, Scale(stages, device, bool(split)), [microbatch] * MICROBATCHES, budget_s):
+            runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies(), in_turns=True)
+            scale, microbatches = Scale(stages, Stopwatch.of(device), bool(split)), [microbatch] * MICROBATCHES
+            if device.type == "cuda" and not split:
+                kept = Use("LIBRARIES", _kept_by_libraries(runtime, scale, microbatches, device))
+                uses = {s: [*some, kept] for s, some in uses.items()}
+            for s, use in _observe(runtime, scale, microbatches, budget_s, meter_of(device)):
                 uses[s] += [use] if not any(_same(use, other) for other in uses[s]) else []
     costs = [replace(cost, uses=tuple(uses[s])) for s, cost in enumerate(partition.costs)]
     return replace(partition, costs=tuple(costs))
@@ -132,12 +135,21 @@ def _programs(partition: Partition) -> Iterator[Program]:
     yield communicate(replace(timetable, rows=rows), partition)
 
 
+def _kept_by_libraries(runtime: LocalRuntime, scale: Scale, microbatches: list[Any], device: torch.device) -> int:
+    """Bytes that stay allocated after a first run: the workspaces that cuBLAS keeps for each thread and stream."""
+    torch._C._cuda_clearCublasWorkspaces()  # torch's note on CUDA semantics names this call
+    before = torch.cuda.memory_allocated(device)
+    runtime.run(microbatches, scale.around)
+    scale.gradients.clear()
+    scale.times.clear()
+    return max(0, torch.cuda.memory_allocated(device) - before)
+
+
 def _observe(
-    runtime: LocalRuntime, clock: Scale, microbatches: list[Any], budget_s: float
+    runtime: LocalRuntime, clock: Scale, microbatches: list[Any], budget_s: float, meter: Meter
 ) -> Iterator[tuple[int, Use]]:
-    counted = replace(clock, meter=meter_of(clock.device), times={}, bytes={}, gradients={})
-    assert counted.meter is not None
-    with counted.meter:
+    counted = replace(clock, meter=meter, times={}, bytes={}, gradients={})
+    with meter:
         runtime.run(microbatches, counted.around)
     begin, runs = time.perf_counter(), 0
     while runs < FEWEST or time.perf_counter() - begin < budget_s:
@@ -146,7 +158,7 @@ def _observe(
         runs += 1
     for kind, (after, peak) in counted.bytes.items():
         stage, op, first, peer = kind
-        yield stage, Use(op, after, peak, statistics.median(clock.times[kind]), first, peer)
+        yield stage, Use(op, after, peak, clock.median_ms(kind), first, peer)
 
 
 def _standing(stage: nn.Module, microbatch: Any) -> list[Use]:

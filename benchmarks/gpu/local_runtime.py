@@ -1,13 +1,12 @@
-"""All stages on one device beside plain gradient accumulation: ``python benchmarks/gpu/local_runtime.py [--device cpu]``.
+"""All stages on one device beside plain gradient accumulation: ``python -m benchmarks.gpu.local_runtime [--device cpu]``.
 
 A GPT-2 (124M parameters on a GPU, a narrow one on the CPU), 4 stages, 8 microbatches, both on the same model in turn, the
 device idle before and after each step; the figure is the median of paired ratios. Exit code 1 if it is above 1.03, or if
-the losses differ.
+the losses differ. ``--width`` and ``--layers`` change the CPU's model: 384 and 4 make stages of 10 ms and more.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -15,25 +14,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipecompile
+from benchmarks.gpu.setting import Batch, Result, arguments, checked, make, tell
 
 STAGES, MICROBATCHES, BAR = 4, 8, 1.03
+WARM_UP = 3
 
 
-def make(device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model and a batch, without dropout."""
-    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    narrow = {"n_embd": 128, "n_layer": 8, "n_head": 4, "vocab_size": 1024}
-    length, rows = (1024, 4) if device == "cuda" else (64, 2)
-    config = GPT2Config(n_positions=length, use_cache=False, **off, **({} if device == "cuda" else narrow))
-    torch.manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (rows * MICROBATCHES, length), device=device)
-    return GPT2LMHeadModel(config).to(device), {"input_ids": tokens, "labels": tokens}
-
-
-def accumulate(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def accumulate(model: nn.Module, batch: Batch) -> Tensor:
     """A step without a pipeline."""
     value = torch.zeros((), device=batch["labels"].device)
     for parts in zip(*(tensor.chunk(MICROBATCHES) for tensor in batch.values())):
@@ -54,26 +43,33 @@ def timed(model: nn.Module, step: Callable[[], Tensor], device: str) -> tuple[fl
     return time.perf_counter() - began, loss
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--steps", type=int, default=20)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --device cpu shows that the script works, not how fast a GPU is")
-    model, batch = make(options.device)
-    pipe = pipecompile.compile(model, batch, stages=STAGES, microbatches=MICROBATCHES, costs="estimate")
-    ratios = []
-    for step in range(options.steps + 3):
-        ours, ours_loss = timed(model, lambda: pipe.step(batch), options.device)
-        plain, plain_loss = timed(model, lambda: accumulate(model, batch), options.device)
+def run(device: str, steps: int = 20, width: int = 0, layers: int = 0) -> Result:
+    """One row for each pair of steps; milliseconds."""
+    model, batch = make("gpt2", device, MICROBATCHES, layers, width)
+    pipe = pipecompile.compile(
+        model, batch, stages=STAGES, microbatches=MICROBATCHES, costs="estimate", check=False, progress=False
+    )
+    rows = []
+    for step in range(steps + WARM_UP):
+        first, second = (
+            timed(model, run, device) for run in (lambda: pipe.step(batch), lambda: accumulate(model, batch))
+        )
+        (ours, ours_loss), (plain, plain_loss) = first, second
         torch.testing.assert_close(ours_loss, plain_loss, rtol=1e-5, atol=1e-6)
-        if step >= 3:
-            ratios.append(ours / plain)
-            print(f"pipeline {ours * 1e3:.2f} ms, accumulation {plain * 1e3:.2f} ms, ratio {ours / plain:.3f}")
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}: median ratio {statistics.median(ratios):.3f}, bar {BAR}")
-    return int(statistics.median(ratios) > BAR)
+        if step >= WARM_UP:
+            rows.append({"pipeline_ms": ours * 1e3, "accumulation_ms": plain * 1e3, "ratio": ours / plain})
+    median = statistics.median(row["ratio"] for row in rows)
+    return {"rows": rows, "median": median, "bar": BAR, "ok": median <= BAR}
+
+
+def main() -> int:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--width", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=0)
+    options = checked(parser)
+    torch.set_num_threads(1)
+    return tell(run(options.device, options.steps, options.width, options.layers), options)
 
 
 if __name__ == "__main__":

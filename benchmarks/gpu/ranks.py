@@ -1,21 +1,24 @@
-"""Two ranks over NCCL against the unsplit model: ``torchrun --nproc-per-node 2 benchmarks/gpu/ranks.py [--device cpu]``.
+"""Two ranks on CUDA against the unsplit model: ``python -m benchmarks.gpu.ranks [--backend gloo] [--device cpu]``.
 
-Each rank has a GPU. Two steps with each schedule; loss and gradients are compared with gradient accumulation over the
-same microbatches on the rank's own copy of the whole model. Exit code 1 at the first that differs.
+Over NCCL each rank has a GPU of its own; over gloo both share the first one, and messages go through pinned buffers. Two
+steps with each schedule; loss and gradients are compared with gradient accumulation over the same microbatches on the
+rank's own copy of the whole model. Exit code 1 if something differs.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
+import subprocess
 import sys
+import time
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import pipecompile
+from benchmarks.gpu.setting import Result, arguments, checked, tell
 from pipecompile.runtime import connect
 
 MICROBATCHES, ROWS, WIDTH = 4, 8, 256
@@ -61,25 +64,45 @@ def differing(schedule: str, device: torch.device) -> str:
     return "" if compared else "no gradient to compare"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if options.device == "cuda":
-        if torch.cuda.device_count() <= local:
-            parser.error(f"rank {local} has no GPU of its own; --device cpu shows that the script works, over gloo")
+def run(device: str, backend: str, schedules: tuple[str, ...] = SCHEDULES) -> Result:
+    """One row for each schedule; every rank of two must call this at the same time."""
+    local = int(os.environ.get("LOCAL_RANK", "0")) if backend == "nccl" else 0
+    if device == "cuda":
         torch.cuda.set_device(local)
-    device = torch.device(options.device, local) if options.device == "cuda" else torch.device("cpu")
-    connect("nccl" if options.device == "cuda" else "gloo", timeout_s=60)
-    failed = 0
-    for schedule in SCHEDULES:
-        found = differing(schedule, device)
-        print(f"rank {dist.get_rank()} {schedule}: {f'{found} differs' if found else 'equal'}", flush=True)
-        failed += bool(found)
+    place = torch.device(device, local) if device == "cuda" else torch.device("cpu")
+    connect(backend, timeout_s=60)
+    rows = []
+    for schedule in schedules:
+        began = time.perf_counter()
+        found = differing(schedule, place)
+        row = {"backend": backend, "schedule": schedule, "rank": dist.get_rank(), "differs": found}
+        rows.append(row | {"seconds": time.perf_counter() - began})
+    return {"rows": rows, "ok": not any(row["differs"] for row in rows)}
+
+
+def start(options: list[str]) -> int:
+    """Two processes of this script under torchrun; the exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*command, "-m", "benchmarks.gpu.ranks", *options], check=False).returncode
+
+
+def main() -> int:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--backend", choices=("nccl", "gloo"), help="nccl on two GPUs, gloo on one (default: what fits)"
+    )
+    options = checked(parser)
+    devices = torch.cuda.device_count() if options.device == "cuda" else 0
+    backend = options.backend or ("nccl" if devices > 1 else "gloo")
+    if backend == "nccl" and devices < 2:
+        parser.error(f"NCCL needs a GPU for each of two ranks, and there are {devices}; --backend gloo shares one")
+    if "RANK" not in os.environ:
+        return start(["--device", options.device, "--backend", backend, *["--json"] * options.json])
+    result = run(options.device, backend)
+    code = tell(result, options) if dist.get_rank() == 0 else int(not result["ok"])
     dist.barrier()
     dist.destroy_process_group()
-    return int(failed > 0)
+    return code
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def _measure_missing(
     with _unchanged(interpreter), Progress(console=Console(stderr=True), transient=True, disable=silent) as bar:
         task = bar.add_task("Measuring", total=len(wanted))
         values = interpreter.inputs(batch)
-        clock = Clock(interpreter.device)
+        clock = Clock.of(interpreter.device)
+        clock.watch.warm_up(interpreter.device)
         overhead = clock.overhead(MOST)
         for index, node in enumerate(nodes):
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.cost.interpreter import Interpreter, outputs, references
+from pipecompile.cost.stopwatch import Stopwatch
 from pipecompile.ir import Node, Spec
 
 
@@ -25,20 +25,26 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Times calls on a device, from when it is idle to when it is idle again."""
+    """Times forwards and backwards on a device."""
 
     device: torch.device
+    watch: Stopwatch
+
+    @staticmethod
+    def of(device: torch.device) -> Clock:
+        return Clock(device, Stopwatch.of(device))
 
     def time(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Milliseconds, and the result."""
-        begin = self._now()
-        result = call()
-        return (self._now() - begin) * 1e3, result
+        """Milliseconds, and the result. On a device other than the CPU the call is run twice and the second run counts."""
+        return self.watch.time(call, call)
 
     def backward(
         self, made: Sequence[Tensor], gradients: Sequence[Tensor], towards: Sequence[Tensor], keep: bool = False
     ) -> tuple[float, Any]:
-        return self.time(lambda: torch.autograd.grad(made, towards, gradients, retain_graph=keep, allow_unused=True))
+        def run(keep: bool) -> Any:
+            return torch.autograd.grad(made, towards, gradients, retain_graph=keep, allow_unused=True)
+
+        return self.watch.time(lambda: run(keep), lambda: run(True))
 
     def overhead(self, runs: int) -> Times:
         """The least that a run of nothing (a view) took: asking the clock and entering autograd, which a stage pays once."""
@@ -46,11 +52,6 @@ class Clock:
         forward = min(self.time(lambda: None)[0] for _ in range(runs))
         backward = min(self.backward([leaf.view_as(leaf)], [torch.ones_like(leaf)], [leaf])[0] for _ in range(runs))
         return Times(forward, backward, backward)
-
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Trial:
 
     def times(self) -> Times:
         """One run."""
-        leaves, clock = self._leaves(), Clock(self.interpreter.device)
+        leaves, clock = self._leaves(), Clock.of(self.interpreter.device)
         run = self.interpreter.prepare(self.node, leaves)
         with torch.enable_grad():
             forward, result = clock.time(run)

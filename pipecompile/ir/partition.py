@@ -119,7 +119,7 @@ class Use:
     ``after`` and ``peak`` are bytes over what was held before it, afterwards and at most meanwhile. ``peer`` is the stage
     at the other end of a SEND, after which the message is no longer held. The op "HOLD" is what a stage always holds
     (``peak``: and what the optimizer takes meanwhile), "BATCH" a microbatch,
-    "AHEAD" the most that a channel posts ahead.
+    "AHEAD" the most that a channel posts ahead, "LIBRARIES" what a device's libraries keep once they have been used.
     """
 
     op: str

@@ -1,4 +1,11 @@
-"""The local runtime: every rank's program in this process, in one fixed order. What it gives is what all ranks give."""
+"""The local runtime: every rank's program in this process, in one fixed order. What it gives is what all ranks give.
+
+One process gains nothing from microbatches that are under way at once, so it takes one after the other where that leaves
+each stage the order of its own work: fewest activations live, and what was written last is read first.
+
+    rank 0   F0 F1 B0 B1   ╲
+    rank 1      F0 B0 F1 B1 ▶   0F0 1F0 1B0 0B0 │ 0F1 1F1 1B1 0B1
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.ir import Program, StagePlan, Value
+from pipecompile.ir import COMPUTE, Instruction, Program, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.executor import Executor, Ran, Step, fault
 from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
@@ -27,7 +34,8 @@ class LocalRuntime:
     """``step`` trains ``stages`` (by index) on a batch; ``loss`` and ``weight`` name the outputs that make its value.
 
     ``mail`` carries the messages between ranks, by hand-over unless given. ``inputs`` are the batch's tensors as they
-    were compiled: with them, sizes that the model leaves open may change from step to step.
+    were compiled: with them, sizes that the model leaves open may change from step to step. ``in_turns``: the ranks take
+    turns as they do in processes of their own, instead of one microbatch after the other.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class LocalRuntime:
         weight: str = "",
         mail: Transport | None = None,
         inputs: Sequence[Value] = (),
+        in_turns: bool = False,
     ) -> None:
         found = by_index(plans, program)
         self._microbatches = program.shape.microbatches
@@ -60,6 +69,8 @@ class LocalRuntime:
             for executor in self._ranks:
                 executor.steps = self._versions.steps(executor)
         order = interleave(program, found)
+        if not in_turns and _by_microbatch(program.rows):
+            order.sort(key=lambda place: _microbatch(program.rows[place[0]][place[1]], self._microbatches))
         self._steps = [self._ranks[rank].steps[position] for rank, position in order]
         self._sizes_of = StepSizesOf(inputs)
 
@@ -156,6 +167,21 @@ class LocalRuntime:
         (weight,) = (executor.weights for executor in self._ranks if executor.weights is not None)
         self._apart.end(divisor=weight)
         return value / weight
+
+
+def _by_microbatch(rows: Sequence[Sequence[Instruction]]) -> bool:
+    """Whether each stage computes its microbatches in their order, with one version of its weights."""
+    last: dict[tuple[str, int], int] = {}
+    for one in (one for row in rows for one in row):
+        if one.op == "UPDATE" or (one.microbatch < last.get((one.op, one.stage), -1) and one.op in COMPUTE):
+            return False
+        last[one.op, one.stage] = one.microbatch
+    return True
+
+
+def _microbatch(one: Instruction, last: int) -> int:
+    """Sums come last."""
+    return one.microbatch if one.microbatch >= 0 else last
 
 
 def _nothing(op: object) -> None:
