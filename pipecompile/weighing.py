@@ -103,7 +103,7 @@ def weigh(
     uses: dict[int, list[Use]] = {s: _standing(stage, microbatch) for s, stage in stages.items()}
     with gradients_aside(model), untouched(model):
         for split, program in enumerate(_programs(partition)):
-            runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies(), in_turns=True)
+            runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies())
             scale, microbatches = Scale(stages, Stopwatch.of(device), bool(split)), [microbatch] * MICROBATCHES
             if device.type == "cuda" and not split:
                 kept = Use("LIBRARIES", _kept_by_libraries(runtime, scale, microbatches, device))

@@ -1,7 +1,8 @@
 """The local runtime: every rank's program in this process, in one fixed order. What it gives is what all ranks give.
 
 One process gains nothing from microbatches that are under way at once, so it takes one after the other where that leaves
-each stage the order of its own work: fewest activations live, and what was written last is read first.
+each stage the order of its own work: fewest activations live, and what was written last is read first. Where somebody
+watches (a trace, a scale), the ranks take turns as they do in processes of their own.
 
     rank 0   F0 F1 B0 B1   ╲
     rank 1      F0 B0 F1 B1 ▶   0F0 1F0 1B0 0B0 │ 0F1 1F1 1B1 0B1
@@ -34,8 +35,7 @@ class LocalRuntime:
     """``step`` trains ``stages`` (by index) on a batch; ``loss`` and ``weight`` name the outputs that make its value.
 
     ``mail`` carries the messages between ranks, by hand-over unless given. ``inputs`` are the batch's tensors as they
-    were compiled: with them, sizes that the model leaves open may change from step to step. ``in_turns``: the ranks take
-    turns as they do in processes of their own, instead of one microbatch after the other.
+    were compiled: with them, sizes that the model leaves open may change from step to step.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class LocalRuntime:
         weight: str = "",
         mail: Transport | None = None,
         inputs: Sequence[Value] = (),
-        in_turns: bool = False,
     ) -> None:
         found = by_index(plans, program)
         self._microbatches = program.shape.microbatches
@@ -69,23 +68,23 @@ class LocalRuntime:
             for executor in self._ranks:
                 executor.steps = self._versions.steps(executor)
         order = interleave(program, found)
-        if not in_turns and _by_microbatch(program.rows):
-            order.sort(key=lambda place: _microbatch(program.rows[place[0]][place[1]], self._microbatches))
-        self._steps = [self._ranks[rank].steps[position] for rank, position in order]
+        self._in_turns = not _in_order_of_microbatches(program.rows)
+        self._steps = self._both([self._ranks[rank].steps[position] for rank, position in order])
         self._sizes_of = StepSizesOf(inputs)
 
-        def wired(sizes: StepSizes) -> list[Step]:
+        def wired(sizes: StepSizes) -> tuple[list[Step], list[Step]]:
             at = plans_at(found, self._sizes_of.names, sizes)
             for rank, executor in enumerate(self._ranks):
                 executor.steps = executor.wired(wire(program, rank, stages, found, loss, weight, at))
             rows = [self._versions.steps(one) if self._versions else one.steps for one in self._ranks]
-            return [rows[rank][position] for rank, position in order]
+            return self._both([rows[rank][position] for rank, position in order])
 
         self._wired = lru_cache(MOST)(wired)
         self._sizes: StepSizes = (self._sizes_of.compiled,) * self._microbatches
         shared = shared_parameters(stages, found)
         self._copies = [tensors for tensors in shared.values() if len(tensors) > 1]
         everything = [list(stage.parameters()) for stage in stages.values()]
+        self._device = next((p.device for parameters in everything for p in parameters), torch.device("cpu"))
         apart = everything if weight or self._versions is not None else self._copies
         self._apart = Apart(p for several in apart for p in several)
 
@@ -115,6 +114,8 @@ class LocalRuntime:
         def around(step: Step) -> Iterator[None]:
             began = time.perf_counter()
             yield
+            if self._device.type != "cpu":
+                torch.accelerator.synchronize(self._device)
             ran.append((step.instruction, began, time.perf_counter()))
 
         return self.run(split(batch, self._microbatches, uneven=True), around, optimizer, scale)
@@ -135,9 +136,10 @@ class LocalRuntime:
         self._apart.begin()
         if self._versions is not None:
             self._versions.begin(optimizer)
-        step = self._steps[0]
+        turns, by_microbatch = self._steps
+        step = turns[0]
         try:
-            for step in self._steps:
+            for step in by_microbatch if around is None else turns:
                 if around is None:
                     step.handler(step.operand)
                 else:
@@ -150,6 +152,13 @@ class LocalRuntime:
         for executor in self._ranks:
             executor.end()
         return value
+
+    def _both(self, turns: list[Step]) -> tuple[list[Step], list[Step]]:
+        """The steps as ranks take turns, and one microbatch after the other; sums come last."""
+        if self._in_turns:
+            return turns, turns
+        last = self._microbatches
+        return turns, sorted(turns, key=lambda step: m if (m := step.instruction.microbatch) >= 0 else last)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """``tensor`` as it is: this one process has all ranks."""
@@ -169,19 +178,14 @@ class LocalRuntime:
         return value / weight
 
 
-def _by_microbatch(rows: Sequence[Sequence[Instruction]]) -> bool:
+def _in_order_of_microbatches(rows: Sequence[Sequence[Instruction]]) -> bool:
     """Whether each stage computes its microbatches in their order, with one version of its weights."""
     last: dict[tuple[str, int], int] = {}
     for one in (one for row in rows for one in row):
-        if one.op == "UPDATE" or (one.microbatch < last.get((one.op, one.stage), -1) and one.op in COMPUTE):
+        if one.op == "UPDATE" or (one.op in COMPUTE and one.microbatch < last.get((one.op, one.stage), -1)):
             return False
         last[one.op, one.stage] = one.microbatch
     return True
-
-
-def _microbatch(one: Instruction, last: int) -> int:
-    """Sums come last."""
-    return one.microbatch if one.microbatch >= 0 else last
 
 
 def _nothing(op: object) -> None:

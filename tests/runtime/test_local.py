@@ -285,3 +285,31 @@ def test_missing_stages_plans_and_losses_are_named() -> None:
         LocalRuntime(program, stages_of(model), PLANS[:2], loss="loss")
     with pytest.raises(ProgramError, match=r"stages \[\] give 'lost'; one stage must"):
         LocalRuntime(program, stages_of(model), PLANS, loss="lost")
+
+
+@pytest.mark.parametrize(("schedule", "ranks"), [("gpipe", 4), ("zb-h1", 4), ("interleaved-1f1b", 2)])
+def test_one_microbatch_is_alive_at_a_time(schedule: str, ranks: int) -> None:
+    model = Net()
+    runtime = runtime_of(model, program_of(schedule, ranks, 4))
+    alive, most = 0, 0
+
+    class Held(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            nonlocal alive
+            alive -= 1
+            return gradient
+
+    model.layers[0].register_forward_hook(lambda module, args, out: Held.apply(out))
+    runtime.step(batch_of(4))
+    assert (alive, most) == (0, 1)
+    ran: list[Any] = []
+    runtime.step(batch_of(4), ran)
+    assert most > 1, "a step that is watched runs as its ranks would"
