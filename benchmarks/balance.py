@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipecompile.capture import capture
-from pipecompile.cost import NodeCost, measure
+from pipecompile.cost import NodeCost, cost_graph, measure
 from pipecompile.ir import CostGraph, Graph, Partition
 from pipecompile.passes.opening import split as split_graph
 from pipecompile.passes.partitioners import partition
@@ -46,7 +46,9 @@ def compare(name: str, stages: int) -> tuple[float, float, float]:
     def contiguous(costs: CostGraph) -> float:
         return partition(costs, stages, method="contiguous", tolerance=0.0).bottleneck_ms
 
-    found = split_graph(capture(model, microbatch, loss), stages, price, cut)
+    found = split_graph(
+        capture(model, microbatch, loss), stages, lambda graph: cost_graph(graph, price(graph), name), cut
+    )
     return found.partition.bottleneck_ms, contiguous(found.costed.graph), contiguous(seen[0])
 
 

@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pipecompile.cost import Costed, NodeCost, cost_graph
+from pipecompile.cost import Costed
 from pipecompile.errors import MemoryLimitError, PartitionError
 from pipecompile.ir import Call, CostGraph, Graph, Node, Partition
 from pipecompile.passes.lift import lift, openable
 from pipecompile.passes.streams import random_modules
 
 WORTH = 0.02
-Price = Callable[[Graph], Mapping[str, NodeCost]]
+Cost = Callable[[Graph], Costed]
 Cut = Callable[[CostGraph], Partition]
 
 
@@ -42,12 +42,12 @@ class Split:
         return {name: self.partition.stage[place] for name, place in self.costed.cost_node.items()}
 
 
-def split(graph: Graph, stages: int, price: Price, cut: Cut, name: str = "model") -> Split:
+def split(graph: Graph, stages: int, cost: Cost, cut: Cut) -> Split:
     """Lift ``graph`` as finely as ``stages`` equal stages need, and cut it. PartitionError if that is not possible."""
 
     def attempt(opened: frozenset[str]) -> Split:
         lifted = lift(graph, opened)
-        costed = cost_graph(lifted, price(lifted), name)
+        costed = cost(lifted)
         if len(costed.members) < stages:
             raise PartitionError(_too_few(lifted, costed, stages))
         return Split(lifted, costed, cut(costed.graph))

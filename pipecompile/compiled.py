@@ -37,16 +37,6 @@ class Options:
     recompute: tuple[str, ...] = ()
     gradient_dtype: str = ""
 
-    @property
-    def recomputes_stages(self) -> bool:
-        """Whether all stages are recomputed as a whole."""
-        return set(self.recompute) == {"stage"}
-
-    @property
-    def recomputes_parts(self) -> bool:
-        """Whether something is recomputed, but not every stage as a whole."""
-        return bool(set(self.recompute) - {"none"}) and not self.recomputes_stages
-
 
 @dataclass(frozen=True, slots=True)
 class Compiled:

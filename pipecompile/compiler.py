@@ -21,7 +21,7 @@ from pipecompile.passes.notes import with_notes
 from pipecompile.passes.opening import Split, split
 from pipecompile.passes.schedules import check_shape
 from pipecompile.passes.verify import verify
-from pipecompile.recomputing import closed_again, or_advice, priced, recomputed_calls, with_modes
+from pipecompile.recomputing import costing, or_advice, recomputed_calls, with_calls, within_memory
 from pipecompile.simulate import simulate
 
 Price = Callable[[Graph], Mapping[str, NodeCost]]
@@ -48,15 +48,13 @@ def compile_graph(
 ) -> Compiled:
     """Compile a traced step of the model ``name``."""
 
-    def within(memory: int | None) -> Compiled:
+    def compiled(memory: int | None) -> Compiled:
         cutter = Cutter(replace(options, memory=memory), shape)
-        parts = split(graph, options.stages, priced(price, options), cutter, name)
+        parts = split(graph, options.stages, costing(price, options.recompute, name, whole=True), cutter)
         parts = with_shorter_step(parts, cutter)
         if "calls" in options.recompute:
-            parts = closed_again(parts, graph, price)
-        plain = price(parts.graph)
-        parts = with_modes(parts, options.recompute, plain)
-        again = recomputed_calls(parts.graph, plain)
+            parts = with_calls(parts, graph, costing(price, options.recompute, name))
+        again = recomputed_calls(parts.graph, price(parts.graph))
         bodies = assemble(parts.graph, parts.stage_of, options.stages, options.recompute, again)
         sources = codegen(parts.graph, bodies, parts.partition.costs)
         if weigh is not None:
@@ -67,4 +65,4 @@ def compile_graph(
         forecast = simulate(program, parts.partition, options.link, options.optimizer_factor)
         return Compiled(options, parts, bodies, sources, program, forecast)
 
-    return less_memory(within, options.memory)
+    return less_memory(lambda memory: within_memory(compiled, memory, options.recompute), options.memory)

@@ -49,9 +49,8 @@ class Cutter:
 
     def __call__(self, costs: CostGraph, tolerance: float | None = None) -> Partition:
         """A partition, and one that fits if memory is limited; MemoryLimitError says what would do."""
-        memory = None if self.options.recomputes_parts else self.options.memory  # these are chosen in the finished cut
+        memory = self.options.memory
         chosen = self.options.tolerance if tolerance is None else tolerance
-        costs = replace(costs, recompute="stage" if self.options.recomputes_stages else "none")
         found = None
         with suppress(MemoryLimitError):  # the partitioner counts activations, the program messages too
             found = self.cut(costs, chosen, memory)
@@ -150,10 +149,11 @@ class Cutter:
     def _ranks(self, order: Timetable) -> Ranks:
         placement = order.shape.placement
         pairs = list(itertools.combinations(range(self.options.stages), 2))
+        recomputed = [s for s, mode in enumerate(self.options.recompute) if mode != "none"]
 
         def in_program(found: Partition) -> tuple[Demand, ...]:
             ways = sorted({(t.source, t.target) for t in found.transfers})
-            return demands(communicate(order, found).rows, placement, ways)
+            return demands(communicate(order, found).rows, placement, ways, recomputed)
 
         def peak(found: Partition) -> int:
             least = self.peak(found, order)
@@ -163,7 +163,7 @@ class Cutter:
 
         return Ranks(
             placement=placement,
-            always=cache(lambda: demands(least_rows(order), placement, pairs)),
+            always=cache(lambda: demands(least_rows(order), placement, pairs, recomputed)),
             in_program=in_program,
             peak=peak,
             state_factor=2 + self.options.optimizer_factor,

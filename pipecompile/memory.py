@@ -14,7 +14,7 @@ O(instructions) for each rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +73,9 @@ def in_flight(rows: Sequence[Sequence[Instruction]], stages: int) -> tuple[int, 
 class Holdings:
     """What a rank holds while each of its instructions runs, besides what it always holds: how many of each column.
 
-    ``columns``: ("saved", stage, stage) is the saved activations of a microbatch, ("forward", a, b) and
-    ("backward", a, b) what goes from stage a to b for one, and the gradients that come back.
+    ``columns``: ("saved", stage, stage) is the saved activations of a microbatch, ("again", stage, stage) what a backward
+    makes again, ("forward", a, b) and ("backward", a, b) what goes from stage a to b for one, and the gradients that come
+    back.
     ``counts`` is int64[instructions, columns].
     """
 
@@ -82,8 +83,13 @@ class Holdings:
     counts: npt.NDArray[np.int64]
 
     @staticmethod
-    def of(row: Sequence[Instruction], placement: Sequence[int], pairs: Iterable[tuple[int, int]]) -> Holdings:
-        """The holdings along a rank's row, where values go between the ``pairs`` of stages."""
+    def of(
+        row: Sequence[Instruction],
+        placement: Sequence[int],
+        pairs: Iterable[tuple[int, int]],
+        recomputed: Collection[int] = (),
+    ) -> Holdings:
+        """The holdings along a rank's row, where values go between the ``pairs`` of stages; some are ``recomputed``."""
         to: dict[int, list[int]] = {}
         for a, b in pairs:
             if placement[a] != placement[b]:
@@ -94,7 +100,7 @@ class Holdings:
         split = {(one.stage, one.microbatch) for one in row if one.op == "BACKWARD_WEIGHT"}
         for position, one in enumerate(row):
             key = (one.stage, one.microbatch)
-            for name in _taken(one, to):
+            for name in _taken(one, to, recomputed):
                 column = place.setdefault(name, len(place))
                 if one.op != "SEND_B":
                     held.setdefault(key, []).append(column)
@@ -112,10 +118,12 @@ class Holdings:
         return Holdings(tuple(place), counts.cumsum(axis=0)[:-1])
 
 
-def _taken(one: Instruction, to: Mapping[int, Sequence[int]]) -> list[Column]:
+def _taken(one: Instruction, to: Mapping[int, Sequence[int]], recomputed: Collection[int]) -> list[Column]:
     """The columns of which an instruction takes one more."""
     if one.op == "FORWARD":
         return [("saved", one.stage, one.stage), *(("forward", one.stage, b) for b in to.get(one.stage, ()))]
+    if one.op in ("BACKWARD", "BACKWARD_INPUT"):
+        return [("again", one.stage, one.stage)] if one.stage in recomputed else []
     if one.op == "RECV_F":
         return [("forward", one.peer, one.stage)]
     if one.op == "RECV_B":
@@ -141,20 +149,22 @@ def _lines(program: Program, partition: Partition, optimizer_factor: float) -> t
         return Footprint(program, partition, optimizer_factor).lines()
     routes = Routes.of(partition).routes
     size: dict[Column, int] = {("saved", s, s): cost.saved_bytes for s, cost in enumerate(partition.costs)}
+    size |= {("again", s, s): cost.recomputed_bytes for s, cost in enumerate(partition.costs) if cost.recomputed_bytes}
+    recomputed = [s for s, cost in enumerate(partition.costs) if cost.recomputed_bytes]
     for r in routes:
         size["forward", r.source, r.target] = r.bytes
         size["backward", r.source, r.target] = r.gradient_bytes
     lines = []
     for row, always in zip(program.rows, standing_bytes(program, partition, optimizer_factor)):
-        found = Holdings.of(row, program.shape.placement, [(r.source, r.target) for r in routes])
+        found = Holdings.of(row, program.shape.placement, [(r.source, r.target) for r in routes], recomputed)
         sizes = np.array([size[name] for name in found.columns], dtype=np.int64)
-        again = _recomputed(row, partition, program.shape.placement)
-        lines.append(tuple((always + again + found.counts @ sizes).tolist()))
+        inputs = _inputs(row, partition, program.shape.placement)
+        lines.append(tuple((always + inputs + found.counts @ sizes).tolist()))
     return tuple(lines)
 
 
-def _recomputed(row: Sequence[Instruction], partition: Partition, placement: Sequence[int]) -> npt.NDArray[np.int64]:
-    """What recomputation holds at each instruction: inputs that came from the same rank, and what a backward remakes."""
+def _inputs(row: Sequence[Instruction], partition: Partition, placement: Sequence[int]) -> npt.NDArray[np.int64]:
+    """What recomputation keeps at each instruction of inputs that came from the same rank."""
     kept = [0] * partition.stages
     for t in partition.transfers:
         if placement[t.source] == placement[t.target] and partition.costs[t.target].recomputed_bytes:
@@ -162,12 +172,10 @@ def _recomputed(row: Sequence[Instruction], partition: Partition, placement: Seq
     held: dict[tuple[int, int], int] = {}
     line = np.zeros(len(row), dtype=np.int64)
     for position, one in enumerate(row):
-        key, cost = (one.stage, one.microbatch), partition.costs[one.stage]
+        key = (one.stage, one.microbatch)
         if one.op == "FORWARD":
             held[key] = kept[one.stage]
-        elif one.op == "BACKWARD_INPUT":
-            held[key] = held.get(key, 0) + cost.recomputed_bytes
-        line[position] = sum(held.values()) + (cost.recomputed_bytes if one.op == "BACKWARD" else 0)
+        line[position] = sum(held.values())
         if one.op in ("BACKWARD", "BACKWARD_WEIGHT"):
             held.pop(key, None)
     return line
@@ -191,12 +199,15 @@ class Demand:
 
 
 def demands(
-    rows: Sequence[Sequence[Instruction]], placement: Sequence[int], pairs: Sequence[tuple[int, int]]
+    rows: Sequence[Sequence[Instruction]],
+    placement: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    recomputed: Collection[int] = (),
 ) -> tuple[Demand, ...]:
     """The largest holdings of each rank along its row; what another one contains is left out."""
     found = []
     for rank, row in enumerate(rows):
-        along = Holdings.of(row, placement, pairs)
+        along = Holdings.of(row, placement, pairs, recomputed)
         counts = np.unique(along.counts, axis=0)
         for one in counts:
             if (counts >= one).all(axis=1).sum() == 1:

@@ -236,9 +236,14 @@ class Plan:
     def _recomputed(self) -> list[str]:
         """What runs again before its backward, by mode."""
         what = {"stage": "all of", "calls": "the large module calls of"}
+        rows = self.program.rows if self.program else ()
+        split = any(one.op == "BACKWARD_WEIGHT" for row in rows for one in row)
+        more = {"calls": ", whose weight gradients are made in the first half of the backward"} if split else {}
         modes = {mode: [str(s.index) for s in self.stages if s.recompute == mode] for mode in what}
         return [
-            f"{what[mode]} stage{'s' if found[1:] else ''} {', '.join(found)}" for mode, found in modes.items() if found
+            f"{what[mode]} stage{'s' if found[1:] else ''} {', '.join(found)}{more.get(mode, '')}"
+            for mode, found in modes.items()
+            if found
         ]
 
     def __str__(self) -> str:

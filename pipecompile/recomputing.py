@@ -4,8 +4,8 @@
     calls   each module call that saves more than it is given keeps its arguments; backward + forward of each call
     stage   the stage's inputs are kept; backward + forward of the whole stage
 
-"stage" for all of them shapes the cut. Any other choice is applied to the cut that is best without it: calls that were
-opened for it and lie whole in one stage are closed again, so that they can be recomputed.
+Stages are cut by what their nodes cost in their mode. Under "calls", those that were opened for the cut and lie whole in one
+stage are closed again, so that they can be recomputed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from dataclasses import replace
 from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import Costed, NodeCost, cost_graph
 from pipecompile.errors import MemoryLimitError, ScheduleError
-from pipecompile.ir import Graph, Node
+from pipecompile.ir import CostNode, Graph, Node, Partition
 from pipecompile.machine import format_bytes
 from pipecompile.passes.lift import lift
 from pipecompile.passes.opening import Split
-from pipecompile.passes.partitioners import evaluate, stage_cost
+from pipecompile.passes.partitioners import evaluate
 from pipecompile.passes.storage import roots
 
 MODES = ("none", "calls", "stage")
 Price = Callable[[Graph], Mapping[str, NodeCost]]
+Cost = Callable[[Graph], Costed]
 Recompute = str | Mapping[int, str]
 
 
@@ -39,15 +40,33 @@ def read_modes(recompute: Recompute, stages: int) -> tuple[str, ...]:
     return tuple(chosen.get(stage, "none") for stage in range(stages))
 
 
-def priced(price: Price, options: Options) -> Price:
-    """The prices that the cut goes by."""
-    if not options.recomputes_stages:
-        return price
+def costing(price: Price, modes: tuple[str, ...], name: str, whole: bool = False) -> Cost:
+    """What makes the cost graph of a lifted graph, in which every node costs what it does in the mode of its stage.
 
-    def of(graph: Graph) -> Mapping[str, NodeCost]:
-        return _again(graph, price(graph), "stage")
+    ``whole``: under "calls" every node takes the time of two forwards, so that it is no gain to open a call that would be
+    recomputed; what a call keeps is not changed by that.
+    """
+
+    def of(graph: Graph) -> Costed:
+        plain = price(graph)
+        under = {mode: _under(graph, plain, mode) for mode in ("none", *modes)}
+        if whole and "calls" in under:
+            under["calls"] |= {
+                node: replace(cost, backward_ms=plain[node].backward_ms + plain[node].forward_ms)
+                for node, cost in under["calls"].items()
+            }
+        found = {mode: cost_graph(graph, costs, name) for mode, costs in under.items()}
+        if len(set(modes)) < 2:
+            return _with_modes(found[modes[0] if modes else "none"], modes)
+        return _with_modes(found["none"], modes, tuple(found[mode].graph.nodes for mode in modes))
 
     return of
+
+
+def _with_modes(costed: Costed, modes: tuple[str, ...], staged: tuple[tuple[CostNode, ...], ...] = ()) -> Costed:
+    if set(modes) <= {"none"}:
+        return costed
+    return replace(costed, graph=replace(costed.graph, recompute=modes, staged=staged))
 
 
 def recomputed_calls(graph: Graph, costs: Mapping[str, NodeCost]) -> dict[str, int]:
@@ -72,9 +91,10 @@ def _has_gradient(node: Node) -> bool:
     return any(value.spec.gradient for value in node.outputs)
 
 
-def _again(graph: Graph, costs: Mapping[str, NodeCost], mode: str) -> dict[str, NodeCost]:
-    kept = recomputed_calls(graph, costs) if mode == "calls" else dict.fromkeys(costs, 0)
-    return {
+def _under(graph: Graph, costs: Mapping[str, NodeCost], mode: str) -> dict[str, NodeCost]:
+    """The costs of the nodes in a mode."""
+    kept = {"none": {}, "calls": recomputed_calls(graph, costs), "stage": dict.fromkeys(costs, 0)}[mode]
+    again = {
         name: replace(
             costs[name],
             backward_ms=costs[name].backward_ms + costs[name].forward_ms,
@@ -84,10 +104,16 @@ def _again(graph: Graph, costs: Mapping[str, NodeCost], mode: str) -> dict[str, 
         )
         for name, size in kept.items()
     }
+    return {**costs, **again}
 
 
-def closed_again(parts: Split, traced: Graph, price: Price) -> Split:
-    """The split with every opened call closed that lies in one stage. ``traced`` is the graph before any was lifted."""
+def with_calls(parts: Split, traced: Graph, cost: Cost) -> Split:
+    """The split with its ``cost``, and with every opened call closed that lies in one stage, if that is possible.
+
+    ``traced`` is the graph before any was lifted.
+    """
+    costed = cost(parts.graph)
+    parts = replace(parts, costed=costed, partition=_evaluated(costed, parts.partition.stage, parts.partition))
     stage_at = {n.position: parts.stage_of[n.name] for n in parts.graph.nodes if n.name in parts.stage_of}
     ends = {call.key: call.last for call in traced.calls}
 
@@ -96,41 +122,28 @@ def closed_again(parts: Split, traced: Graph, price: Price) -> Split:
 
     whole = {call.key for call in traced.calls if len(stages_of(call.first, call.last)) == 1}
     graph = lift(traced, frozenset(parts.graph.opened) - whole)
-    costed = cost_graph(graph, price(graph), parts.partition.graph)
+    costed = cost(graph)
     stages = {n.name: stages_of(n.position, ends[n.name] if n.kind == "call" else n.position + 1) for n in graph.nodes}
     homes = [set().union(*(stages[name] for name in names)) for names in costed.members]
     if any(len(home) != 1 for home in homes):
         return parts
-    found = parts.partition
-    stage = [home.pop() for home in homes]
-    closed = evaluate(costed.graph, stage, stages=found.stages, bound_bytes=found.bound_bytes)
-    return replace(parts, graph=graph, costed=costed, partition=closed)
+    stage = tuple(home.pop() for home in homes)
+    return replace(parts, graph=graph, costed=costed, partition=_evaluated(costed, stage, parts.partition))
 
 
-def with_modes(parts: Split, modes: tuple[str, ...], plain: Mapping[str, NodeCost]) -> Split:
-    """The split with each stage's costs in its mode; ``plain`` are the nodes' costs without recomputation."""
-    if not set(modes) - {"none"}:
-        return parts
-    found, costs = parts.partition, list(parts.partition.costs)
-    bound = found.bound_ms if set(modes) == {"stage"} else 0.0
-    for mode in set(modes):
-        graph = _costed(parts, mode, plain).graph
-        for stage in range(found.stages):
-            costs[stage] = stage_cost(graph, found.stage, stage) if modes[stage] == mode else costs[stage]
-    return replace(parts, partition=replace(found, costs=tuple(costs), bound_ms=bound))
+def _evaluated(costed: Costed, stage: tuple[int, ...], before: Partition) -> Partition:
+    return evaluate(costed.graph, stage, stages=before.stages, bound_bytes=before.bound_bytes)
 
 
-def _costed(parts: Split, mode: str, plain: Mapping[str, NodeCost]) -> Costed:
-    """The cost graph of a split, its nodes as they are, with the costs of a mode."""
-    costs = {**plain, **(_again(parts.graph, plain, mode) if mode != "none" else {})}
-    nodes = []
-    for node, names in zip(parts.costed.graph.nodes, parts.costed.members):
-        whole = NodeCost(0.0, 0.0)
-        for name in names:
-            whole += costs[name]
-        changed = {what: getattr(whole, what) for what in NodeCost.__slots__}
-        nodes.append(replace(node, **changed))
-    return replace(parts.costed, graph=replace(parts.costed.graph, nodes=tuple(nodes), recompute=mode))
+def within_memory(compiled: Callable[[int | None], Compiled], memory: int | None, modes: tuple[str, ...]) -> Compiled:
+    """What compiles within the memory of a rank; where no cut fits, calls that are closed after an unlimited one may."""
+    try:
+        return compiled(memory)
+    except MemoryLimitError:
+        found = compiled(None) if memory is not None and "calls" in modes else None
+        if found is None or max(found.forecast.peak_bytes) > (memory or 0):
+            raise
+        return found
 
 
 def or_advice(compiled: Callable[[Options], Compiled], options: Options) -> Compiled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,41 @@ def test_what_fits_is_found_and_what_does_not_is_said(seed: int, schedule: str, 
     with pytest.raises(MemoryLimitError, match=message) as error:
         cut(least - 1)
     assert error.value.needed == least
+
+
+def recomputing(graph: CostGraph, modes: tuple[str, ...], draw: random.Random) -> CostGraph:
+    """The graph with the nodes of each stage in its mode; of the calls, some keep what they are given only."""
+    again = {node.name: draw.randint(0, node.saved_bytes // 2) for node in graph.nodes if draw.random() < 0.7}
+
+    def under(node: CostNode, mode: str) -> CostNode:
+        if mode == "none" or (mode == "calls" and node.name not in again):
+            return node
+        kept = again[node.name] if mode == "calls" else 0
+        backward_ms = node.backward_ms + node.forward_ms
+        return replace(node, backward_ms=backward_ms, saved_bytes=kept, recomputed_bytes=node.saved_bytes)
+
+    staged = tuple(tuple(under(node, mode) for node in graph.nodes) for mode in modes)
+    if len(set(modes)) == 1:
+        return replace(graph, nodes=staged[0], recompute=modes)
+    return replace(graph, recompute=modes, staged=staged)
+
+
+MODES = [("stage",) * 3, ("calls",) * 3, ("none", "stage", "calls"), ("calls", "none", "none")]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("modes", MODES, ids=",".join)
+def test_what_fits_by_recomputation_is_found(modes: tuple[str, ...], schedule: str) -> None:
+    draw, shape = random.Random(5), Shape(3, 3, 4)
+    graph = recomputing(random_graph(draw, 7), modes, draw)
+    least = min(peak_of(found, schedule, shape) for found in partitions(graph, 3))
+
+    def cut(memory: int) -> Partition:
+        return Cutter(Options(3, 3, 4, schedule, memory=memory, recompute=modes), shape)(graph)
+
+    assert peak_of(cut(least), schedule, shape) == least
+    with pytest.raises(MemoryLimitError, match=f"{least} bytes for each rank would do, .* and less would not"):
+        cut(least - 1)
 
 
 @pytest.mark.usefixtures("little_effort")

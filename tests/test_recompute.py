@@ -186,6 +186,30 @@ def test_without_room_the_error_says_what_recomputation_gives() -> None:
     assert max(pipe.forecast.peak_bytes) <= room
 
 
+@pytest.mark.parametrize("mode", ["calls", {0: "stage"}], ids=str)
+def test_stages_are_cut_for_what_they_recompute(mode: Any) -> None:
+    """The last stage, which keeps everything, must be small; calls fit in a limit in which nothing fits without them."""
+    model, batch = wide_model()
+    options: dict[str, Any] = {"stages": 2, "schedule": "gpipe", "recompute": mode}
+    quick = compiled(model, deep, batch, **options)
+    room = int(0.75 * max(quick.forecast.peak_bytes))
+    if mode == "calls":
+        with pytest.raises(MemoryLimitError):
+            compiled(model, deep, batch, **{**options, "memory": room, "recompute": "none"})
+        room = int(max(quick.forecast.peak_bytes))
+    pipe = compiled(model, deep, batch, memory=room, **options)
+    assert max(pipe.forecast.peak_bytes) <= room
+    assert_step_is_exact(pipe, model, batch)
+
+
+def test_a_plan_says_that_calls_are_not_split() -> None:
+    model, batch = wide_model()
+    pipe = compiled(model, deep, batch, schedule="zb-h1", recompute={1: "calls", 2: "stage"})
+    assert "stage 1, whose weight gradients are made in the first half of the backward" in str(pipe.plan)
+    weight_ms = [cost.weight_ms for cost in pipe.plan.costs]
+    assert 2 * weight_ms[1] < min(weight_ms[0], *weight_ms[2:]), "what the recomputed call would add waits for nothing"
+
+
 def test_bad_choices() -> None:
     with pytest.raises(ScheduleError, match="recompute is 'all' for stage 0, expected one of none, calls, stage"):
         compiled(Tied(), recompute="all")

@@ -105,8 +105,8 @@ def evaluate_answer(graph: CostGraph, problem: Problem, answer: Answer) -> Parti
         graph,
         answer.stage,
         stages=problem.stages,
-        speeds=problem.speeds,
-        bound_ms=answer.bound_ms,
+        speeds=None if graph.staged else problem.speeds,
+        bound_ms=0.0 if graph.staged else answer.bound_ms,
         bound_bytes=math.ceil(answer.bound_bytes * (1 - 1e-9)) if equal else 0,
     )
 
@@ -192,7 +192,7 @@ def evaluate(
 
 def stage_cost(graph: CostGraph, stage: Sequence[int], s: int, speed: float = 1.0) -> StageCost:
     """What stage ``s`` costs when node v of ``graph`` is in stage ``stage[v]``."""
-    nodes = [node for node, at in zip(graph.nodes, stage) if at == s]
+    nodes = [node for node, at in zip(graph.nodes_in(s), stage) if at == s]
     parameters = {p.name: p for node in nodes for p in node.parameters}.values()
     again = [node.recomputed_bytes for node in nodes]
     return StageCost(
@@ -203,7 +203,7 @@ def stage_cost(graph: CostGraph, stage: Sequence[int], s: int, speed: float = 1.
         trainable_bytes=sum(p.bytes for p in parameters if p.trainable),
         saved_bytes=sum(node.saved_bytes for node in nodes),
         master_bytes=sum(p.master_bytes for p in parameters),
-        recomputed_bytes=sum(again) if graph.recompute == "stage" else max(again, default=0),
+        recomputed_bytes=sum(again) if graph.mode_of(s) == "stage" else max(again, default=0),
     )
 
 

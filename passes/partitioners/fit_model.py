@@ -26,11 +26,18 @@ def ways_of(partition: Partition) -> Ways:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flows:
-    """A problem whose nodes are groups of a graph's, and what goes between them: (source, targets) to bytes both ways."""
+    """A problem whose nodes are groups of a graph's, and what goes between them: (source, targets) to bytes both ways.
+
+    For each stage ``saved`` and ``again`` are the bytes that each group saves there, and makes again in its backward;
+    ``at_once`` says whether it does so for all of its groups at once.
+    """
 
     problem: Problem
     group: tuple[int, ...]
     sizes: dict[tuple[int, tuple[int, ...]], tuple[int, int]]
+    saved: tuple[tuple[int, ...], ...]
+    again: tuple[tuple[int, ...], ...]
+    at_once: tuple[bool, ...]
 
     @staticmethod
     def of(graph: CostGraph, problem: Problem, group: Sequence[int]) -> Flows:
@@ -41,7 +48,11 @@ class Flows:
             if targets:
                 size, back = sizes.get((source, targets), (0, 0))
                 sizes[source, targets] = size + t.bytes, back + t.gradient_bytes
-        return Flows(contract(problem, group), tuple(group), sizes)
+        stages = range(problem.stages)
+        at_once = tuple(graph.mode_of(s) == "stage" for s in stages)
+        saved = tuple(_by_group(group, [n.saved_bytes for n in graph.nodes_in(s)], True) for s in stages)
+        again = tuple(_by_group(group, [n.recomputed_bytes for n in graph.nodes_in(s)], at_once[s]) for s in stages)
+        return Flows(contract(problem, group), tuple(group), sizes, saved, again, at_once)
 
     @property
     def columns(self) -> int:
@@ -55,6 +66,14 @@ class Flows:
         return self.problem.nodes == len(self.group)
 
 
+def _by_group(group: Sequence[int], sizes: Sequence[int], summed: bool) -> tuple[int, ...]:
+    """The sum or the largest of the sizes in each group."""
+    found = [0] * (max(group) + 1)
+    for g, size in zip(group, sizes):
+        found[g] = found[g] + size if summed else max(found[g], size)
+    return tuple(found)
+
+
 class FitModel(Model):
     """The MILP of a partition with a column for each tensor and pair of stages that it may go between.
 
@@ -65,13 +84,14 @@ class FitModel(Model):
         problem, last = flows.problem, flows.problem.stages - 1
         super().__init__(problem, [0] * problem.nodes, [last] * problem.nodes)
         self.limit = limit or 0
-        self.unit = SCALE / max(limit or sum(size for size, _ in problem.weights) + sum(problem.saved), 1)
+        self.unit = SCALE / max(limit or sum(size for size, _ in problem.weights) + max(map(sum, flows.saved)), 1)
         self.most = [] if limit is not None else [(self.column(1 / self.unit), -1.0)]
-        self.sizes = flows.sizes
+        self.flows = flows
         self.crossing: dict[tuple[int, int], list[tuple[int, int, int]]] = {
             (a, b): list(self._crossing(a, b)) for a in range(last + 1) for b in range(a + 1, last + 1)
         }
         self.exists: dict[tuple[int, int, bool], Terms] = {}
+        self.largest: dict[int, Terms] = {}
         self.standing: list[Terms] = [[] for _ in range(max(placement) + 1)]
         for s, rank in enumerate(placement):
             for size, nodes in problem.weights:
@@ -80,7 +100,7 @@ class FitModel(Model):
     def _crossing(self, a: int, b: int) -> Iterator[tuple[int, int, int]]:
         """Columns of the tensors that may go from stage a to stage b or back: (column, bytes, bytes of gradients)."""
         ordered = set(self.problem.edges)
-        for (source, targets), (size, back) in self.sizes.items():
+        for (source, targets), (size, back) in self.flows.sizes.items():
             down = [d for d in targets if (d, source) not in ordered]
             up = [d for d in targets if (source, d) not in ordered]
             if down:
@@ -115,9 +135,26 @@ class FitModel(Model):
     def _held(self, column: Column, count: int) -> Terms:
         what, a, b = column
         if what == "saved":
-            return [term for v, size in enumerate(self.problem.saved) if size for term in self.x(v, a, size * count)]
+            return [term for v, size in enumerate(self.flows.saved[a]) if size for term in self.x(v, a, size * count)]
+        if what == "again":
+            return [(one, factor * count) for one, factor in self._again(a)]
         pick = 1 if what == "forward" else 2
         return [(one[0], float(one[pick] * count)) for one in self.crossing[a, b] if one[pick]]
+
+    def _again(self, stage: int) -> Terms:
+        """The bytes that a stage makes again in a backward: of all its groups, or of the largest."""
+        sizes = self.flows.again[stage]
+        if self.flows.at_once[stage]:
+            return [term for v, size in enumerate(sizes) if size for term in self.x(v, stage, float(size))]
+        if stage not in self.largest:
+            most = max(sizes)
+            share = self.column(0.0)
+            for v, size in enumerate(sizes):
+                if size:
+                    self.row([*self.x(v, stage, size / most), (share, -1.0)], 0.0)
+            self.row([(share, 1.0)], 1.0)
+            self.largest[stage] = [(share, float(most))]
+        return self.largest[stage]
 
     def _otherwise(self, ways: Ways, large: float) -> Terms:
         """Terms of at most ``-large`` unless the ways of the partition are these."""

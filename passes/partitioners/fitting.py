@@ -160,7 +160,10 @@ class Fitting:
     def _partition(self, flows: Flows, stage: tuple[int, ...]) -> Partition:
         whole = [stage[g] for g in flows.group]
         return evaluate(
-            self.graph, whole, stages=self.stages, bound_ms=flows.problem.least_time() if flows.whole else 0
+            self.graph,
+            whole,
+            stages=self.stages,
+            bound_ms=flows.problem.least_time() if flows.whole and not self.graph.staged else 0,
         )
 
     def _learn(self, found: Partition) -> None:

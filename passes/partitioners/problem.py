@@ -131,7 +131,11 @@ def make(
     state_factor: float = 4.0,
     time_limit: float = 12.0,
 ) -> Problem:
-    """The problem that a cost graph poses; an activation's readers come after its maker, edge or not."""
+    """The problem that a cost graph poses; an activation's readers come after its maker, edge or not.
+
+    Stages that recompute differently are slower by what their recomputation would add to the whole graph, and are taken to
+    save what the one that saves least does.
+    """
     edges = dict.fromkeys(graph.edges)
     edges |= dict.fromkeys((t.source, v) for t in graph.tensors if t.kind == "F" for v in t.targets if t.source < v)
     tensors: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -139,14 +143,18 @@ def make(
         key = (t.source, tuple(sorted(set(t.targets) - {t.source})))
         if key[1] and t.total_bytes:
             tensors[key] = tensors.get(key, 0) + t.total_bytes
+    load = tuple(node.forward_ms + node.backward_ms for node in graph.nodes)
+    if graph.staged:
+        again = [sum(node.forward_ms + node.backward_ms for node in nodes) for nodes in graph.staged]
+        speeds = [min(again) / one if one else 1.0 for one in again]
     fastest = max(bandwidths, default=1.0) if bandwidths else 1.0
     return Problem(
         stages=stages,
-        load=tuple(node.forward_ms + node.backward_ms for node in graph.nodes),
+        load=load,
         edges=tuple(edges),
         tensors=tuple((source, targets, size) for (source, targets), size in tensors.items()),
         weights=_weights(graph, state_factor),
-        saved=tuple(node.saved_bytes for node in graph.nodes),
+        saved=tuple(min(n.saved_bytes for n in kinds) for kinds in zip(*(graph.staged or [graph.nodes]))),
         speeds=tuple(speeds) if speeds else (1.0,) * stages,
         links=tuple(fastest / b for b in bandwidths) if bandwidths else (1.0,) * (stages - 1),
         limits=limits,

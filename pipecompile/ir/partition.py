@@ -70,7 +70,8 @@ class CostTensor:
 class CostGraph:
     """A directed acyclic graph of costs; node ids are positions in ``nodes`` and a topological order.
 
-    ``recompute``: whether the nodes that are recomputed are so one by one ("calls") or a whole "stage" at once.
+    ``recompute`` has a mode for each stage (empty: none anywhere): whether the nodes that are recomputed are so one by one
+    ("calls") or a whole "stage" at once. Where stages differ in that, ``staged`` has for each the nodes as they cost there.
     """
 
     name: str
@@ -78,7 +79,16 @@ class CostGraph:
     edges: tuple[tuple[int, int], ...]
     tensors: tuple[CostTensor, ...]
     unit: str = "ms"
-    recompute: str = "none"
+    recompute: tuple[str, ...] = ()
+    staged: tuple[tuple[CostNode, ...], ...] = ()
+
+    def nodes_in(self, stage: int) -> tuple[CostNode, ...]:
+        """The nodes as they cost in a stage."""
+        return self.staged[stage] if self.staged else self.nodes
+
+    def mode_of(self, stage: int) -> str:
+        """What a stage recomputes."""
+        return self.recompute[stage] if self.recompute else "none"
 
     def __post_init__(self) -> None:
         count = len(self.nodes)
