@@ -212,3 +212,56 @@ def test_a_list_that_the_batch_tells_is_compiled_in_and_checked() -> None:
     pipe = compiled((model, batch, None), 3, 3, "1f1b")
     with pytest.raises(RuntimeFault, match="asks for a value that is now 8, but was 6 when"):
         pipe.step(batch | {"lengths": torch.tensor([[4, 4]] * 8)})
+
+
+def test_a_scripted_module_is_refused_by_name() -> None:
+    model, batch, _ = case()
+    model.blocks[1]["linear"] = torch.jit.trace(model.blocks[1]["linear"], batch["x"])
+    with pytest.raises(CaptureError, match=r"blocks\.1\.linear is a TorchScript module.* give the module that"):
+        compiled((model, batch, None), 3, 3, "1f1b")
+
+
+class Recurrent(nn.Module):
+    """Packs sequences of different lengths for an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(1, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x[:, :1] > 0).flatten().long() + WIDTH - 1
+        packed = nn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True, enforce_sorted=False)
+        found, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=WIDTH)
+        return found.mean(-1)
+
+
+def test_packed_sequences_stay_in_the_module_that_packs_them() -> None:
+    model, batch, _ = case(Recurrent)
+    with pytest.raises(CaptureError, match=r"pass opaque=\['blocks\.\*\.Recurrent'\]"):
+        compiled((model, batch, None), 3, 3, "1f1b")
+    row = run("packed", (model, batch, None), 3, 3, "1f1b", ("blocks.*.Recurrent",))
+    assert row.ok, row
+
+
+def selected(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    mask = batch["x"] > -1
+    return F.l1_loss(batch["x"].masked_select(mask) * model(batch["x"]), batch["y"].masked_select(mask))
+
+
+def test_one_mask_selects_one_number() -> None:
+    model, batch, _ = case()
+    row = run("selected", (model, batch | {"y": torch.randn(8, WIDTH)}, selected), 4, 4, "1f1b")
+    assert row.ok, row
+
+
+class Grid(Net):
+    """Heights and widths that the batch tells, as a list of lists."""
+
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+        return super().forward(torch.cat([x[:, : h * w] / h for h, w in sizes[:1].tolist()], 1))
+
+
+def test_lists_of_lists_that_the_batch_tells() -> None:
+    model, batch = Grid(), {"x": torch.randn(8, WIDTH), "sizes": torch.tensor([[4, 4]] * 8)}
+    row = run("grid", (model, batch, None), 3, 3, "1f1b")
+    assert row.ok, row

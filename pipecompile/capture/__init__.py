@@ -24,7 +24,7 @@ from pipecompile.capture.blocks import Blocks, NeedsFullTrace
 from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.decisions import decisions
 from pipecompile.capture.eager import Observation, observe
-from pipecompile.capture.exporting import conversions_skipped, quiet, told_that_it_is_not_exported
+from pipecompile.capture.exporting import conversions_skipped, masks_known, quiet, told_that_it_is_not_exported
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.opaque_shapes import OpaqueShapes
 from pipecompile.capture.places import Places
@@ -63,6 +63,7 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     Raises CaptureError: the model fails by itself, gives no scalar loss, or cannot be traced (the message names the
     module, the user's line and the remedy). Turns ``use_cache`` off in the model's configuration; the graph's notes say so.
     """
+    _refuse_scripts(model)
     step = Step(model, loss)
     hidden = _matching(model, opaque) | _recurrent(model)
     notes = _disable_cache(model) + _coupled(model, hidden)
@@ -167,6 +168,15 @@ def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
     return frozenset(fqn for fqn in fqns if any(fnmatchcase(fqn, pattern) for pattern in patterns))
 
 
+def _refuse_scripts(model: nn.Module) -> None:
+    for fqn, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{fqn or 'the model'} is a TorchScript module, whose calls cannot be seen; give the module that torch.jit.script "
+                "or torch.jit.trace was given"
+            )
+
+
 def _recurrent(model: nn.Module) -> frozenset[str]:
     """Modules that are one operation inside, which torch 2.11 traces with states of a wrong shape."""
     return frozenset(fqn for fqn, part in model.named_modules() if fqn and isinstance(part, nn.RNNBase))
@@ -251,6 +261,7 @@ def _export(task: Task, open_: Labels, recorder: Recorder) -> ExportedProgram:
             recorder.around(model),
             torch.enable_grad(),  # in the caller's gradient mode tracing would drop gradients under no_grad
             conversions_skipped(),
+            masks_known(),
             quiet(),
         ):
             return export(task.step, (batch,), dynamic_shapes=shapes, strict=False)

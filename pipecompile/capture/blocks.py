@@ -21,9 +21,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture.likeness import structure
+from pipecompile.capture.remedies import Untraceable
 from pipecompile.capture.structure import PLAIN, Tensor, Unrenderable, rebuild, tensors
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
-from pipecompile.errors import CaptureError
 
 torch.library.define("pipecompile::opaque", "(Tensor[] tensors, int call, SymInt[] sizes, str results) -> Tensor[]")
 OPAQUE = torch.ops.pipecompile.opaque.default
@@ -95,9 +95,11 @@ class Blocks:
             call = self.recorder.calls[self.recorder.stack[-1]]
             seen = self.eager.get(call.key)
             if seen is None or not _complete(seen.result):
-                raise CaptureError(
-                    f"the opaque module {fqn} returns something besides tensors, numbers and containers of them, or is "
-                    "called otherwise than in eager mode; let it return a tensor, a tuple or a dict"
+                around = self.recorder.calls[call.parent].fqn if call.parent >= 0 else ""
+                raise Untraceable(
+                    around,
+                    f": {fqn}, which is left whole, returns something besides tensors, numbers and containers of them, or "
+                    "is called otherwise than in eager mode; let it return a tensor, a tuple or a dict, or",
                 )
             given = [tensor for _, tensor in tensors((args, kwargs))]
             like = [self.open(part, call.key, place) for place, part in enumerate(_tensors(seen.result))]

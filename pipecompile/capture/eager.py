@@ -53,8 +53,11 @@ def skeleton(whole: Any) -> Any:
 
 
 def outline(whole: Any) -> Any:
-    """The result with a mark in place of each tensor, its containers as they are."""
-    return pytree.tree_map(lambda leaf: Tensor.of(leaf) if isinstance(leaf, torch.Tensor) else leaf, whole)
+    """The result with a mark in place of each tensor, its containers as they are; None if they take only tensors."""
+    try:
+        return pytree.tree_map(lambda leaf: Tensor.of(leaf) if isinstance(leaf, torch.Tensor) else leaf, whole)
+    except (AttributeError, TypeError, ValueError):  # a PackedSequence
+        return None
 
 
 def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:

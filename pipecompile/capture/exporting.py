@@ -49,6 +49,21 @@ def conversions_skipped() -> Iterator[None]:
 
 
 @contextmanager
+def masks_known() -> Iterator[None]:
+    """While this lasts, ``masked_select`` is indexing, whose results of one mask torch knows to be of one size."""
+    original = torch.Tensor.masked_select
+
+    def masked_select(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return tensor[mask] if tensor.shape == mask.shape else original(tensor, mask)
+
+    torch.Tensor.masked_select = masked_select  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.masked_select = original  # type: ignore[method-assign]
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """While this lasts, torch does not print graphs and tracebacks of a trace that stops; our errors tell of it."""
     loggers = [found for name, found in logging.root.manager.loggerDict.items() if name.split(".")[0] == "torch"]

@@ -7,6 +7,7 @@ the graph checks at each step that it still holds (see decisions, which says whe
 from __future__ import annotations
 
 import linecache
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -89,15 +90,22 @@ class Questions:
 
 
 def _same_size(tensor: torch.Tensor, found: list[Any]) -> bool:
-    """Whether a list of numbers can be the answer for a tensor, whose size is then fixed."""
-    if tensor.ndim != 1 or len(found) > LONGEST:
+    """Whether nested lists of numbers can be the answer for a tensor, whose size is then fixed."""
+    shape: list[int] = []
+    inner: Any = found
+    while isinstance(inner, list):
+        shape.append(len(inner))
+        inner = inner[0] if inner else None
+    if tensor.ndim != len(shape) or not 0 < math.prod(shape) <= LONGEST:
         return False
-    torch._check(tensor.shape[0] == len(found))  # type: ignore[no-untyped-call]
+    for size, known in zip(tensor.shape, shape):
+        torch._check(size == known)
     return True
 
 
 def _elements(tensor: torch.Tensor, answer: Any) -> Iterator[tuple[torch.Tensor, Any]]:
     if isinstance(answer, list):
-        yield from zip(tensor.unbind(), answer)
+        for part, value in zip(tensor.unbind(), answer):
+            yield from _elements(part, value)
     else:
         yield tensor, answer

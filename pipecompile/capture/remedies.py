@@ -61,6 +61,8 @@ def alike(model: nn.Module, fqn: str) -> str:
 def stopped(error: Exception, fqn: str, line: str, place: str) -> Untraceable:
     """The obstacle that torch's error tells of, in words of the user's model."""
     found = CONSTANT.search(str(error))
+    if ".numpy() is not supported" in line:
+        line = "numpy cannot see numbers while torch traces"
     if found is None:
         return Untraceable(
             fqn,

@@ -1,6 +1,7 @@
 """The zoo: small random models of many families, each compiled, run for one step, and compared with itself unsplit.
 
-A family is a file in ``families/`` with ``family() -> (model, batch, loss)``; loss None means the model's own. Costs are
+A family is a file in ``families/`` with ``family() -> (model, batch, loss)``; loss None means the model's own. ``OPAQUE``,
+where it has it, are patterns of modules that no trace can follow, as the error says that one gets without them. Costs are
 a rough count of multiplications, so that a cut is the same on every machine.
 """
 
@@ -70,6 +71,12 @@ def families() -> dict[str, Any]:
     return {name: importlib.import_module(f"tests.zoo.families.{name}").family for name in names}
 
 
+def opaque(name: str) -> tuple[str, ...]:
+    """The patterns of modules that a family leaves whole."""
+    found: tuple[str, ...] = getattr(importlib.import_module(f"tests.zoo.families.{name}"), "OPAQUE", ())
+    return found
+
+
 def price(graph: Graph) -> dict[str, NodeCost]:
     """A rough cost of each node that is not replicated; a backward takes twice its forward."""
     parts = [node.inside or (node,) for node in graph.nodes]
@@ -82,19 +89,19 @@ def price(graph: Graph) -> dict[str, NodeCost]:
     }
 
 
-def compiled(case: Case, stages: int, ranks: int, schedule: str) -> Pipe:
+def compiled(case: Case, stages: int, ranks: int, schedule: str, opaque: tuple[str, ...] = ()) -> Pipe:
     """The pipeline of a case for a local run, split by rough costs."""
     model, batch, loss = case
-    options = Options(stages=stages, ranks=ranks, microbatches=MICROBATCHES, schedule=schedule)
+    options = Options(stages=stages, ranks=ranks, microbatches=MICROBATCHES, schedule=schedule, opaque=opaque)
     found = compile_model(model, split(batch, MICROBATCHES)[0], loss, price, options)
     return Pipe(build_files(found.plan({}), found.program, found.sources), model, loss, local=True)
 
 
-def run(name: str, case: Case, stages: int, ranks: int, schedule: str) -> Row:
+def run(name: str, case: Case, stages: int, ranks: int, schedule: str, opaque: tuple[str, ...] = ()) -> Row:
     """Compile a copy of the case's model, run one step, and compare with the case's model unsplit."""
     model, batch, loss = case
     ours = copy.deepcopy(model)
-    pipe = compiled((ours, batch, loss), stages, ranks, schedule)
+    pipe = compiled((ours, batch, loss), stages, ranks, schedule, opaque)
     value = pipe.step(batch)
     twin = copy.deepcopy(model)
     expected = pipe.reference(twin, batch)
@@ -113,7 +120,7 @@ def rows(chosen: dict[str, Any]) -> Iterator[Row]:
     """Every shape of every family."""
     for name, family in chosen.items():
         for stages, ranks, schedule in SHAPES:
-            yield run(name, family(), stages, ranks, schedule)
+            yield run(name, family(), stages, ranks, schedule, opaque(name))
 
 
 if __name__ == "__main__":
