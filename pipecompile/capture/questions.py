@@ -99,7 +99,7 @@ def _same_size(tensor: torch.Tensor, found: list[Any]) -> bool:
     if tensor.ndim != len(shape) or not 0 < math.prod(shape) <= LONGEST:
         return False
     for size, known in zip(tensor.shape, shape):
-        torch._check(size == known)
+        torch._check(size == known)  # type: ignore[no-untyped-call]
     return True
 
 
