@@ -25,7 +25,7 @@ from pipecompile.masters import read_dtype
 from pipecompile.opened import read_files
 from pipecompile.pipe import Pipe, build_files
 from pipecompile.recomputing import Recompute, read_modes
-from pipecompile.runtime import from_first_rank, split
+from pipecompile.runtime import from_first_rank, main_gradients_aside, split
 from pipecompile.simulate import Link
 from pipecompile.weighing import weigh
 
@@ -96,7 +96,9 @@ def compile(
         plan = compiled.plan(source or {}, note, _formulas(compiled, device))
         return json.dumps(build_files(plan, compiled.program, compiled.sources))
 
-    return Pipe(json.loads(from_first_rank(files)), model, loss)
+    with main_gradients_aside(model.parameters()):  # of an older pipe of the model
+        found = json.loads(from_first_rank(files))
+    return Pipe(found, model, loss)
 
 
 def _formulas(compiled: Compiled, machine: Machine) -> tuple[StageFormulas, ...]:

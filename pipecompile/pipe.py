@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import weakref
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.passes.verify import verify
 from pipecompile.plan import Plan
+from pipecompile.reference import accumulate
 from pipecompile.runtime import (
     Gathering,
     LocalRuntime,
@@ -144,6 +144,16 @@ class Pipe:
             here = ", ".join(map(str, self._stages))
             raise BuildError(f"stage {index} is not on rank {self.rank}, which has {here}; ask the rank that runs it")
         return self._stages[index]
+
+    def train(self, mode: bool = True) -> None:
+        """Put the model and this process's stages into train mode, or with False into eval mode."""
+        model = self._model()
+        for module in (*self._stages.values(), *([] if model is None else [model])):
+            module.train(mode)
+
+    def eval(self) -> None:
+        """Put them into eval mode, as ``evaluate`` most often wants it."""
+        self.train(False)
 
     def compile_stages(self, **options: Any) -> None:
         """``torch.compile`` each stage of this process, in place, with its options; the next steps compile them.
@@ -360,26 +370,7 @@ class Pipe:
         with own_streams():
             batches = map(copied, (batch, *others))
             microbatches = [m for each in batches for m in split(each, self.plan.microbatches, uneven=True)]
-            return self._accumulate(Step(model, self.loss), microbatches, number)
-
-    def _accumulate(self, step: Step, microbatches: list[Any], number: int) -> Tensor:
-        losses: list[Tensor] = []
-        weights: list[Tensor] = []
-        for index, microbatch in enumerate(microbatches):
-            begin_microbatch(self.seed, number, index)
-            loss, weight, *_ = step(microbatch)
-            if weight is None:
-                loss = loss / len(microbatches)
-                torch.autograd.backward([loss])
-                loss = loss.detach()
-            else:
-                weights.append(weight.reshape(()))
-            losses.append(loss.reshape(()))
-        total = functools.reduce(torch.add, losses)
-        if weights:
-            total = total / functools.reduce(torch.add, weights)
-            torch.autograd.backward([total])
-        return total.detach()
+            return accumulate(Step(model, self.loss), microbatches, lambda m: begin_microbatch(self.seed, number, m))
 
     def plain(self, model: nn.Module) -> Pipe:
         """The same stages of ``model`` in this process, where ``step`` leaves in ``.grad`` what can be compared with the

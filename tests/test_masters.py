@@ -273,3 +273,19 @@ def test_training_goes_on_with_masters_where_there_were_none(tmp_path: Any) -> N
         assert torch.equal(mine, p.float())
         assert torch.equal(again.state[mine]["exp_avg"], optimizer.state[p]["exp_avg"].float())
     train(wide, again, range(2, 3))
+
+
+def test_compiling_again_leaves_an_older_pipe_as_it_is() -> None:
+    model = narrow()
+    older = compiled(model, gradient_dtype=torch.float32)
+    older.step(words())
+    gradients = {name: p.grad.clone() for name, p in older.named_master_parameters()}
+    with pytest.raises(MemoryLimitError):
+        compiled(model, gradient_dtype=torch.float32, memory=10, costs="measure")
+    older.step(words())
+    for name, p in older.named_master_parameters():
+        assert torch.equal(p.grad, 2 * gradients[name]), name
+    newer = compiled(model, gradient_dtype=torch.float32, costs="measure")
+    newer.step(words())
+    for name, p in newer.named_master_parameters():
+        assert torch.equal(p.grad, gradients[name]), name

@@ -127,6 +127,19 @@ def test_evaluating_leaves_gradients_parameters_and_buffers_as_they_are() -> Non
     assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
 
 
+def test_stages_change_their_mode_without_the_model() -> None:
+    model = Tied(noisy=True)
+    unsplit = copy.deepcopy(model).eval()
+    pipe = compiled(model)
+    pipe.eval()
+    assert not model.training
+    del model
+    expected = sum(cross_entropy(unsplit, part).detach() / MICROBATCHES for part in split(words(), MICROBATCHES))
+    assert torch.equal(pipe.evaluate(words()), expected)
+    pipe.train()
+    assert not torch.equal(pipe.evaluate(words()), expected)
+
+
 def test_evaluating_in_training_mode_is_the_next_steps_forward() -> None:
     model = Tied(noisy=True)
     pipe = compiled(model)

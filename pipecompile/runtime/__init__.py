@@ -5,7 +5,13 @@ from pipecompile.runtime.device import device_of
 from pipecompile.runtime.executor import Ran
 from pipecompile.runtime.faults import connect
 from pipecompile.runtime.local import LocalRuntime
-from pipecompile.runtime.main_gradients import forget_main_gradient, gradient, keep_main_gradient, set_gradient
+from pipecompile.runtime.main_gradients import (
+    forget_main_gradient,
+    gradient,
+    keep_main_gradient,
+    main_gradients_aside,
+    set_gradient,
+)
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.random import begin_microbatch, own_streams, reseed, watch
 from pipecompile.runtime.rank import RankRuntime
@@ -31,6 +37,7 @@ __all__ = [
     "from_first_rank",
     "gradient",
     "keep_main_gradient",
+    "main_gradients_aside",
     "make_stage",
     "own_streams",
     "recompute",

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,20 @@ def forget_main_gradient(parameter: Tensor) -> None:
         holder: Any = parameter
         holder.main_grad_hook.remove()
         del holder.main_grad, holder.main_grad_dtype, holder.main_grad_hook
+
+
+@contextmanager
+def main_gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """While this lasts, gradients stay in ``grad``; main gradients are afterwards as they were."""
+    before = [(p, gradient(p), gradient_dtype(p)) for p in parameters if "main_grad" in p.__dict__]
+    for p, _, _ in before:
+        forget_main_gradient(p)
+    try:
+        yield
+    finally:
+        for p, value, dtype in before:
+            keep_main_gradient(p, dtype)
+            set_gradient(p, value)
 
 
 def _place(parameter: Tensor) -> str:
