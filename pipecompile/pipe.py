@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -346,6 +346,11 @@ class Pipe:
             inputs=plan.inputs,
             timeout_s=self._timeout_s,
         )
+
+    def together(self) -> AbstractContextManager[None]:
+        """While this lasts, a process that is lost between steps (in a save, say) is named to all others, as in a step."""
+        runtime = self._runtime(trains=True)
+        return runtime.telling() if isinstance(runtime, RankRuntime) else nullcontext()
 
     def _check_mode(self) -> None:
         """BuildError if the model has changed between train and eval and a stage has the old mode in its operations."""

@@ -1,6 +1,6 @@
 """Goes on after torchrun has restarted the ranks: from the newest checkpoint of this run, to the step at which it was to end.
 
-DIR/run.json     the step at which the run began, written when it begins
+DIR/run.json     the step at which the run began, and the losses of its steps up to the last checkpoint at least
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipecompile.errors import CheckpointError
 from pipecompile.runtime import from_first_rank
+from pipecompile.saving import on_first_rank
 from pipecompile.weights import folder
 
 RUN = "run.json"
@@ -19,24 +19,21 @@ RUN = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """A run that began at step ``first`` and goes on from ``checkpoint``."""
+    """A run that began at step ``first``, had these ``losses``, and goes on from ``checkpoint``."""
 
     first: int
+    losses: list[float]
     checkpoint: Path
 
 
-def begin_run(directory: str | Path, first: int) -> None:
-    """Note in the directory of checkpoints at which step this run begins."""
+def note_run(directory: str | Path, first: int, losses: list[float]) -> None:
+    """Note in the directory of checkpoints at which step this run has begun, and its losses up to now."""
 
-    def write() -> str:
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            folder.write_text(Path(directory) / RUN, json.dumps({"first_step": first}))
-        except OSError as error:
-            raise CheckpointError(f"{str(directory)!r} cannot be written: {error}; give another directory") from error
-        return ""
+    def write() -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        folder.replace_text(Path(directory) / RUN, json.dumps({"first_step": first, "losses": losses}))
 
-    from_first_rank(write)
+    on_first_rank(write)
 
 
 def restarted(directory: str | Path | None) -> Restart | None:
@@ -46,11 +43,15 @@ def restarted(directory: str | Path | None) -> Restart | None:
 
     def read() -> str:
         try:
-            first = int(json.loads((Path(directory) / RUN).read_bytes())["first_step"])
+            run = json.loads((Path(directory) / RUN).read_bytes())
         except OSError:  # it failed before it had begun
             return ""
+        first = int(run["first_step"])
         later = [path for path in folder.complete(Path(directory)) if folder.step_of(path) > first]
-        return json.dumps([first, str(later[0])]) if later else ""
+        return json.dumps([first, run["losses"], str(later[0])]) if later else ""
 
     found = from_first_rank(read)
-    return Restart(json.loads(found)[0], Path(json.loads(found)[1])) if found else None
+    if not found:
+        return None
+    first, losses, checkpoint = json.loads(found)
+    return Restart(first, losses[: folder.step_of(Path(checkpoint)) - first], Path(checkpoint))

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipecompile.errors import CheckpointError
-from pipecompile.runtime import from_first_rank
+from pipecompile.runtime import any_failed, from_first_rank
 from pipecompile.weights import folder, optimizer_state, random_state, writing
 from pipecompile.weights.checkpoint import Checkpoint, open_checkpoint
 from pipecompile.weights.layout import Layout, everything
@@ -64,21 +63,19 @@ def save_weights(share: Share, directory: str | Path) -> None:
     """Write a folder of weights that from_pretrained and load_state_dict read; older weights there are replaced whole."""
     target = Path(directory).absolute()
 
-    def begin() -> str:
+    def begin() -> None:
         folder.check_replaceable(target)
         folder.begin(target)
-        return ""
 
-    def finish() -> str:
+    def finish() -> None:
         writing.write_index(folder.partial(target), share.layout, share.holds)
         folder.finish_folder(target)
-        return ""
 
-    from_first_rank(begin)
+    on_first_rank(begin)
     on_every_rank(
         lambda: writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages), share.replica
     )
-    from_first_rank(finish)
+    on_first_rank(finish)
 
 
 def load_weights(share: Share, path: str | Path) -> None:
@@ -96,10 +93,6 @@ def save_checkpoint(share: Share, directory: str | Path, step: int, optimizer: O
     """Write weights, optimizer and random state as the newest checkpoint of ``directory``; the last two are kept."""
     target = folder.step_folder(Path(directory).absolute(), step)
 
-    def begin() -> str:
-        folder.begin(target)
-        return ""
-
     def write() -> None:
         writing.write_shards(folder.partial(target), share.layout, share.holds, share.stages)
         names = share.written_names()
@@ -109,17 +102,16 @@ def save_checkpoint(share: Share, directory: str | Path, step: int, optimizer: O
         write_tensors(folder.partial(target) / f"{stem}.safetensors", tensors)
         folder.write_text(folder.partial(target) / f"{stem}.json", json.dumps(rest))
 
-    def finish() -> str:
+    def finish() -> None:
         index = writing.write_index(folder.partial(target), share.layout, share.holds)
         files = {path.name: path.stat().st_size for path in sorted(folder.partial(target).iterdir())}
         state = {"format": FORMAT, "version": VERSION, "step": step, "random": random_state.take(), "files": files}
         folder.write_text(folder.partial(target) / folder.STATE, json.dumps(state))
         folder.finish_step(target, index, share.layout.config)
-        return ""
 
-    from_first_rank(begin)
+    on_first_rank(lambda: folder.begin(target))
     on_every_rank(write, share.replica)
-    from_first_rank(finish)
+    on_first_rank(finish)
 
 
 def load_training(share: Share, checkpoint: Path, optimizer: Optimizer) -> int:
@@ -151,6 +143,19 @@ def check_start(directory: str | Path, step: int) -> None:
         )
 
 
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Do ``work`` on rank 0; if it fails, it fails on all processes."""
+
+    def done() -> str:
+        try:
+            work()
+        except OSError as error:
+            raise _unwritable(error) from error
+        return ""
+
+    from_first_rank(done)
+
+
 def on_every_rank(work: Callable[[], None], replica: int = 0) -> None:
     """Do ``work`` on every rank of the first replica; if it fails on one, it fails on all processes."""
     error: Exception | None = None
@@ -159,18 +164,19 @@ def on_every_rank(work: Callable[[], None], replica: int = 0) -> None:
             work()
     except (CheckpointError, OSError) as caught:
         error = caught
-    failed = error is not None
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        anyone = torch.tensor(int(failed), device=device)
-        dist.all_reduce(anyone, dist.ReduceOp.MAX)
-        failed = bool(anyone)
+    failed = any_failed(error is not None)
     if isinstance(error, OSError):
-        raise CheckpointError(f"the checkpoint cannot be written: {error}; give another directory") from error
+        raise _unwritable(error) from error
     if error is not None:
         raise error
     if failed:
-        raise CheckpointError("another rank could not write its part of the checkpoint; look at what it printed")
+        failure = CheckpointError("another rank could not write its part of the checkpoint; look at what it printed")
+        failure.add_note("it says why itself")
+        raise failure
+
+
+def _unwritable(error: OSError) -> CheckpointError:
+    return CheckpointError(f"the checkpoint cannot be written: {error}; give another directory")
 
 
 def _stored_tensors(files: list[Path]) -> dict[str, optimizer_state.ReadTensor]:

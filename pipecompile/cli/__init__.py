@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from pipecompile.errors import PipecompileError
 
 COMMANDS = ("compile", "run", "verify", "schedule", "partition")
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 if it did what was asked, 1 for a user's error, 2 for a usage error."""
+    """Run a command and return its exit code: 0 if it did what was asked, 1 for a user's error, 2 for a usage error,
+    130 if it was interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words and words[0] in COMMANDS else "compile"
     rest = words[1:] if words and words[0] in COMMANDS else words
@@ -29,3 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PipecompileError as error:
         print(f"pipecompile: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("pipecompile: interrupted", file=sys.stderr, flush=True)
+        if "RANK" in os.environ:
+            os._exit(INTERRUPTED)  # torch's threads may wait for ranks that have ended
+        return INTERRUPTED

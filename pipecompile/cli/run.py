@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipecompile.cli.output import standard_output
-from pipecompile.errors import CheckpointError, RuntimeFault, TraceError
+from pipecompile.errors import CheckpointError, PipecompileError, RuntimeFault, TraceError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,46 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if not options.local and "RANK" not in os.environ:
+        _check(options)
+        return _start(options)
+    try:
+        with standard_output(options.json) as out:
+            return _train(options, out)
+    except PipecompileError as error:
+        from pipecompile.runtime import first_to_say
+
+        if getattr(error, "__notes__", ()) or not first_to_say(str(error)):  # another rank says it
+            return 1
+        raise
+
+
+def _check(options: argparse.Namespace) -> None:
     if options.replicas < 1 or (options.local and options.replicas > 1):
         raise RuntimeFault(
             f"--replicas {options.replicas}{' --local' * options.local} is no run; expected at least 1, each in processes "
             "of its own"
         )
-    if options.local or "RANK" in os.environ:
-        try:
-            with standard_output(options.json) as out:
-                return _train(options, out)
-        except RuntimeFault as error:
-            if getattr(error, "__notes__", ()):  # another rank failed first, and says so
-                return 1
-            raise
-    return _start_ranks(options)
-
-
-def _start_ranks(options: argparse.Namespace) -> int:
-    """Start torchrun with one process for each rank of the build, and end with its exit code."""
-    from pipecompile.build import read_build
-    from pipecompile.plan import Plan
-
-    plan = Plan.from_json(json.loads(read_build(options.build, options.trust)["plan.json"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(plan.ranks * options.replicas)]
-    command += ["-m", "pipecompile", "run", str(Path(options.build)), "--steps", str(options.steps)]
-    command += ["--timeout", str(options.timeout)]
-    command += [flag for flag in ("--trust", "--json") if getattr(options, flag[2:])]
-    for name in ("save", "save_every", "load", "resume", "trace"):
-        if value := getattr(options, name):
-            command += [f"--{name.replace('_', '-')}", str(value)]
-    command += ["--trace-step", str(options.trace_step)] if options.trace_step is not None else []
-    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
-def _train(options: argparse.Namespace, out: TextIO) -> int:
-    import torch.distributed as dist
-
-    from pipecompile.runtime import connect
-
     if options.steps < 1 or options.save_every < 0 or (options.save_every and not options.save):
         raise CheckpointError(
             f"--steps {options.steps} --save-every {options.save_every} is no run; expected at least 1 step, and a "
@@ -92,28 +70,55 @@ def _train(options: argparse.Namespace, out: TextIO) -> int:
             f"--trace-step {options.trace_step} of {options.steps} steps cannot be traced; expected --trace FILE, and a "
             f"step from 0 to {options.steps - 1}"
         )
+
+
+def _start(options: argparse.Namespace) -> int:
+    """Start one process for each rank of the build and replica, and end with their exit code."""
+    from pipecompile.cli.ranks import start_ranks
+    from pipecompile.opened import read_files
+    from pipecompile.plan import Plan
+
+    plan = Plan.from_json(json.loads(read_files(options.build, options.trust)["plan.json"]))
+    words = [str(Path(options.build)), "--steps", str(options.steps), "--timeout", str(options.timeout)]
+    words += [flag for flag in ("--trust", "--json") if getattr(options, flag[2:])]
+    for name in ("save", "save_every", "load", "resume", "trace"):
+        if value := getattr(options, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--trace-step", str(options.trace_step)] if options.trace_step is not None else []
+    return start_ranks(plan.ranks * options.replicas, words)
+
+
+def _train(options: argparse.Namespace, out: TextIO) -> int:
+    import torch.distributed as dist
+
+    from pipecompile.runtime import connect
+
     if not options.local:
         connect(timeout_s=options.timeout)
-    pipe, file, optimizer = _start(options)
-    first, begin = pipe.steps, time.perf_counter()
-    losses = _loop(options, pipe, file, optimizer)
+    _check(options)
+    pipe, file, optimizer, losses = _begin(options)
+    first, begin, before = pipe.steps - len(losses), time.perf_counter(), len(losses)
+    with pipe.together():
+        _loop(options, pipe, file, optimizer, losses)
     seconds = time.perf_counter() - begin
     if _tells(pipe) and options.json:
         found = {"losses": losses, "seconds": seconds, "ranks": pipe.ranks, "replicas": pipe.replicas}
-        print(json.dumps(found | {"first_step": first}), file=out)
+        found |= {"first_step": first} | ({"restarted_at": first + before} if before else {})
+        print(json.dumps(found), file=out)
     elif _tells(pipe):
         where = f"on {pipe.ranks} ranks" if not options.local else "in one process"
         where += f" in {pipe.replicas} replicas" if pipe.replicas > 1 else ""
-        print(f"{options.steps} steps {where} in {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
+        where += f", the last {options.steps} of them after a restart," if before else ""
+        print(f"{len(losses)} steps {where} in {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
     if not options.local:
         dist.destroy_process_group()
     return 0
 
 
-def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The pipe, at the step from which it goes on, the model file and the optimizer."""
+def _begin(options: argparse.Namespace) -> tuple[Any, Any, Any, list[float]]:
+    """The pipe, at the step from which it goes on, the model file, the optimizer, and the losses before a restart."""
     from pipecompile.opened import open_share
-    from pipecompile.restarts import begin_run, restarted
+    from pipecompile.restarts import note_run, restarted
     from pipecompile.saving import check_start, load_training
     from pipecompile.weights.folder import newest
 
@@ -136,16 +141,16 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         options.steps -= pipe.steps - again.first
     elif options.save:
         check_start(options.save, pipe.steps)
-        begin_run(options.save, pipe.steps)
-    return pipe, file, optimizer
+        note_run(options.save, pipe.steps, [])
+    return pipe, file, optimizer, again.losses if again else []
 
 
-def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> list[float]:
-    """Take the steps and save as asked; their losses."""
+def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any, losses: list[float]) -> None:
+    """Take the steps, add their losses to ``losses``, and save as asked."""
     from pipecompile.cli.tracing import traced_step
+    from pipecompile.restarts import note_run
 
     traced = _traced(options)
-    losses: list[float] = []
     for taken in range(options.steps):
         batch = _batch(pipe, file)
         if taken == traced:
@@ -160,8 +165,8 @@ def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any) -> 
             print(f"step {pipe.steps - 1:4}  loss {losses[-1]:.6f}", flush=True)
         due = options.save_every and pipe.steps % options.save_every == 0
         if options.save and (due or taken == options.steps - 1):
+            note_run(options.save, pipe.steps - len(losses), losses)
             pipe.save_checkpoint(options.save, optimizer)
-    return losses
 
 
 def _traced(options: argparse.Namespace) -> int:

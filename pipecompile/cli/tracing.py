@@ -13,14 +13,17 @@ from torch import Tensor
 
 from pipecompile.errors import TraceError
 from pipecompile.pipe import Pipe
+from pipecompile.runtime import from_first_rank, settling
 from pipecompile.simulate import Link, simulate
 from pipecompile.trace import Ran, run_trace
 
 
 def traced_step(pipe: Pipe, batch: Any, optimizer: torch.optim.Optimizer | None, path: str) -> Tensor:
     """A step's loss. All ranks take it at once; each counts its time from when they have met, rank 0 writes the file."""
-    if pipe.ranks * pipe.replicas > 1:
-        dist.barrier()
+    several = pipe.ranks * pipe.replicas > 1
+    if several:
+        with settling():
+            dist.barrier()
     began = time.perf_counter()
     ran: list[Any] = []
     loss = pipe.step(batch, optimizer, ran)
@@ -28,11 +31,13 @@ def traced_step(pipe: Pipe, batch: Any, optimizer: torch.optim.Optimizer | None,
     for one, start, end in ran:
         mine[pipe.program.shape.placement[one.stage]].append((one, (start - began) * 1e3, (end - began) * 1e3))
     rows = mine
-    if pipe.ranks * pipe.replicas > 1:
+    if several:
         everyone: list[Any] = [None] * (pipe.ranks * pipe.replicas)
-        dist.all_gather_object(everyone, mine[pipe.rank])
+        with settling():
+            dist.all_gather_object(everyone, mine[pipe.rank])
         rows = everyone[: pipe.ranks]
-    if pipe.rank == pipe.replica == 0:
+
+    def write() -> str:
         link = Link(pipe.plan.link[0], pipe.plan.link[1]) if pipe.plan.link else None
         planned = simulate(pipe.program, pipe.plan.partition, link, replicas=pipe.replicas)
         try:
@@ -41,4 +46,7 @@ def traced_step(pipe: Pipe, batch: Any, optimizer: torch.optim.Optimizer | None,
             raise TraceError(
                 f"the trace {path!r} cannot be written: {error}; name a file in a folder that is there"
             ) from error
+        return ""
+
+    from_first_rank(write)
     return loss

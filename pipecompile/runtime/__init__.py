@@ -1,6 +1,6 @@
 """Executes programs: stages, microbatches, transports and the executor. Knows the values of ``ir`` and the errors only."""
 
-from pipecompile.runtime.agree import from_first_rank
+from pipecompile.runtime.agree import any_failed, first_to_say, from_first_rank, settling
 from pipecompile.runtime.device import device_of
 from pipecompile.runtime.executor import Ran
 from pipecompile.runtime.faults import connect
@@ -30,9 +30,11 @@ __all__ = [
     "Stage",
     "Transport",
     "World",
+    "any_failed",
     "begin_microbatch",
     "connect",
     "device_of",
+    "first_to_say",
     "forget_main_gradient",
     "from_first_rank",
     "gradient",
@@ -45,6 +47,7 @@ __all__ = [
     "report",
     "reseed",
     "set_gradient",
+    "settling",
     "split",
     "watch",
     "world_of",

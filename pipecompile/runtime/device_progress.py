@@ -18,7 +18,7 @@ from typing import Any
 
 from pipecompile.ir import RECEIVES, Instruction
 from pipecompile.runtime.executor import Ran, Step
-from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, STEP
+from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, ROUND
 
 POLL_S = 0.0001
 
@@ -126,7 +126,7 @@ class DeviceWatch(threading.Thread):
                     continue
                 place, lags = self._progress.look()
                 self._words[PLACE] = place
-            now = self._words[STEP], place
+            now = self._words[ROUND], place
             if now != seen or not lags:
                 seen, since = now, time.monotonic()
             late = place in self._waits and time.monotonic() - since >= self._timeout_s

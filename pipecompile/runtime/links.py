@@ -213,12 +213,12 @@ def wait_for(work: Any, timeout: timedelta | None, whom: str) -> None:
 
 
 def late(whom: str, timeout: timedelta) -> PeerFault:
-    what = f"waited {timeout.total_seconds():g} s for {whom}, which is stuck, gone or slow; allow more time with timeout_s="
+    what = f"waited {timeout.total_seconds():g} s for {whom}: stuck, gone or slow; allow more time with timeout_s="
     return PeerFault(what, late=True)
 
 
 def broken(whom: str) -> PeerFault:
-    return PeerFault(f"the connection to {whom} broke, its process has ended or failed; look at what it printed")
+    return PeerFault(f"the connection to {whom} broke: a process has ended or failed; look at what it printed")
 
 
 def as_it_lies(value: Tensor, spec: Spec) -> Tensor:

@@ -4,8 +4,9 @@ A process writes the position of each instruction that it begins into shared mem
 the same host map that memory, and hold it when the writer is gone. The writer also holds a lock on it, which the system
 takes away at its death, however it dies.
 
-Places grow during a step: BEGINNING, the position of each instruction, their number (all are done; the step's messages,
-sums and loss are awaited), OUTSIDE, which lasts until the next step.
+A round is a step, or a sum that the training loop asked for; all processes have the same ones. Places grow during it:
+BEGINNING, the position of each instruction, their number (all are done; the step's messages, sums and loss are awaited)
+or SUMMING, OUTSIDE, which lasts until the next round.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import os
 import secrets
 import signal
 
-STEP, PLACE, TOKEN = 0, 1, 2
-"""The words of the memory: steps begun, where in the step, and a number that tells this memory from any other."""
-WORDS = 3
+ROUND, PLACE, WAITS, TOKEN = 0, 1, 2, 3
+"""The words of the memory: rounds begun, where in the last one, whether only others are waited for there (told in sums
+and at the end of a step), and a number that tells this memory from any other."""
+WORDS = 4
 BEGINNING = -1
 SUMMING = 1 << 30
 """In a sum over all ranks that the training loop asked for."""
@@ -48,6 +50,10 @@ class SeenMark:
         self.pid = pid
         self._file = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR)
         self.words = memoryview(mmap.mmap(self._file, 8 * WORDS)).cast("q")
+
+    def seen(self) -> tuple[int, ...]:
+        """Its round, place, and whether it waits there."""
+        return tuple(self.words[:TOKEN])
 
     def gone(self) -> bool:
         """Whether the process that wrote it has ended."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipecompile.errors import ProgramError, RuntimeFault
+from pipecompile.errors import PeerFault, ProgramError, RuntimeFault
 from pipecompile.ir import Instruction, Program, Spec, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
@@ -26,7 +27,7 @@ from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
 from pipecompile.runtime.heap import keep_freed_memory
 from pipecompile.runtime.links import broken, late, wait_for
 from pipecompile.runtime.main_gradients import no_gradient
-from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, STEP, SUMMING
+from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, SUMMING, WAITS
 from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.replicas import ReplicaSums, World, groups_of, start_equal, world_of
@@ -38,6 +39,7 @@ from pipecompile.runtime.stream_links import check_queues, leave
 from pipecompile.runtime.versions import Versions
 from pipecompile.runtime.wiring import Reduce, wire
 
+SHARING = "the ranks that share a parameter"
 _made = itertools.count()
 """Runtimes of this process: all ranks make theirs in the same order, so the count names them in the store."""
 
@@ -109,7 +111,7 @@ class RankRuntime:
         self._shared = shared_parameters(stages, found)
         elsewhere = {name for one in program.rows[rank] if one.op == "REDUCE_GRAD" for name in one.values}
         tied = [p for name, copies in self._shared.items() if name in elsewhere for p in copies]
-        self._sums_over_replicas = ReplicaSums(self._replicas, stages, program.rows[rank], tied, self._limit)
+        self._sums_over_replicas = ReplicaSums(self._replicas, stages, program.rows[rank], tied, self._wait)
         reduce: dict[str, Callable[[Any], None]] = {
             "REDUCE_GRAD": self._reduce,
             "REDUCE_REPLICAS": self._sums_over_replicas.start,
@@ -149,8 +151,7 @@ class RankRuntime:
         if self._versions is not None:
             self._versions.begin(optimizer)
         words = self._sentry.words
-        words[STEP] += 1
-        words[PLACE] = BEGINNING
+        self._sentry.begin(BEGINNING, self._on_device)
         if self._watch is not None:
             self._watch.begin()
         try:
@@ -206,15 +207,23 @@ class RankRuntime:
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of what all ranks give, in place; every rank must call it at the same point."""
         self._check_alive()
-        self._sentry.words[PLACE] = SUMMING
+        self._sentry.begin(SUMMING)
         try:
             work = dist.all_reduce(tensor, group=self._everyone, async_op=True)
-            wait_for(work, self._timeout, "the other ranks, which must call this too")
+            self._wait(work, "the other ranks, which must call this too", on_host=True)
         except Exception as error:
             raise self._fail(error) from error
         finally:
             self._sentry.words[PLACE] = OUTSIDE
         return tensor
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Who is lost between steps is made known to all, as within one."""
+        try:
+            yield
+        except PeerFault as error:
+            raise self._fail(error) from error
 
     def _check_alive(self) -> None:
         if self._failed:
@@ -222,16 +231,17 @@ class RankRuntime:
 
     def _finish(self) -> Tensor:
         for work, copies, gradient in self._sums:
-            wait_for(work, self._limit, "the ranks that share a parameter")
+            self._wait(work, SHARING)
             share(copies, gradient)
         for work, several, counts in self._there:
-            wait_for(work, self._timeout, "the ranks that share a parameter")
+            self._wait(work, SHARING, on_host=True)
             for copies in (copies for copies, count in zip(several, counts.tolist()) if not count):
                 share(copies, None)
         self._sums, self._there = [], []
         self._sums_over_replicas.finish()
         loss, weight = self._executor.losses, self._executor.weights
         values = [self._tell(index, mine) for index, (mine, _) in enumerate(zip((loss, weight), self._totals))]
+        self._sentry.words[WAITS] = 1
         self._channels.end()
         self._apart.end(*values[1:])
         self._executor.end()
@@ -240,15 +250,22 @@ class RankRuntime:
     def _tell(self, index: int, mine: Tensor | None) -> Tensor:
         """The loss (0) or the weight (1) of the rank that has made it, summed over the replicas, on every rank."""
         rank, spec = self._totals[index]
+        self._sentry.words[WAITS] = mine is None or self._on_device
         value = self._channels.tell(index, mine)
         if value is None:
             value = torch.empty((), dtype=getattr(torch, spec.dtype), device=self._device) if mine is None else mine
             work = dist.broadcast(value, src=self._world.process_of(rank), group=self._everyone, async_op=True)
-            wait_for(work, self._limit, f"rank {rank}, which makes the loss, or another rank")
+            self._wait(work, f"rank {rank}, which makes the loss, or another rank")
         if self._replicas is not None:
             value = value.clone()
-            wait_for(dist.all_reduce(value, group=self._replicas, async_op=True), self._limit, "the other replicas")
+            self._wait(dist.all_reduce(value, group=self._replicas, async_op=True), "the other replicas")
         return value
+
+    def _wait(self, work: Any, whom: str, on_host: bool = False) -> None:
+        """Wait for a sum of which this process has done its part; where the device does so, the host only on demand."""
+        self._sentry.words[WAITS] = 1
+        wait_for(work, self._timeout if on_host else self._limit, whom)
+        self._sentry.words[WAITS] = self._on_device
 
     def _reduce(self, op: Reduce) -> None:
         """Start the sums, and those of how many ranks have a gradient; they are awaited at the end of the step."""
@@ -265,7 +282,7 @@ class RankRuntime:
     def _sum_now(self, gradient: Tensor, ranks: tuple[int, ...]) -> None:
         """Add what the other ranks have, and wait for it."""
         work = dist.all_reduce(gradient, group=self._reducing[ranks], async_op=True)
-        wait_for(work, self._limit, "the ranks that share a parameter")
+        self._wait(work, SHARING)
 
     def _fail(self, error: Exception) -> RuntimeFault:
         """The failure of this runtime: that of ``error``, unless it has failed before."""
@@ -289,6 +306,7 @@ class RankRuntime:
         failure = RuntimeFault(self._failed)
         if not ours:
             failure.add_note(f"that ended {self._sentry.who} too: {mine}")
+        self._sentry.leave()
         return failure
 
 

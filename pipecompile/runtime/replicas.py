@@ -7,7 +7,7 @@ rank          0    1  │  0    1      processes of one rank hold the same stage
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -86,9 +86,9 @@ class ReplicaSums:
         stages: Mapping[int, nn.Module],
         row: Sequence[Instruction],
         elsewhere: Iterable[Tensor],
-        timeout: timedelta | None,
+        wait: Callable[[Any, str], None],
     ) -> None:
-        self._group, self._timeout = group, timeout
+        self._group, self._wait = group, wait
         taken = {id(p) for p in elsewhere}
         self._parameters: dict[int, list[Tensor]] = {}
         for stage in reversed([one.stage for one in row if one.op == "REDUCE_REPLICAS"]):
@@ -107,7 +107,7 @@ class ReplicaSums:
     def finish(self) -> None:
         """Wait for the sums; a parameter that has a gradient in no replica has none."""
         for work, parameters, counts in self._started:
-            wait_for(work, self._timeout, "the other replicas of this rank")
+            self._wait(work, "the other replicas of this rank")
             for parameter, count in zip(parameters, counts.tolist()):
                 if not count:
                     set_gradient(parameter, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,11 @@ from pipecompile.errors import PeerFault
 from pipecompile.ir import Program
 from pipecompile.runtime.causes import Cause, Search
 from pipecompile.runtime.faults import STORE_SECONDS, FirstFault, kept_by_torchrun, within
-from pipecompile.runtime.marks import OUTSIDE, PLACE, STEP, Mark, SeenMark, see
+from pipecompile.runtime.marks import OUTSIDE, PLACE, ROUND, TOKEN, WAITS, Mark, SeenMark, see
 from pipecompile.runtime.places import place, who
 from pipecompile.runtime.pulse import Pulse, beat_key
+
+NO_BEAT = f"0 0 {OUTSIDE} 0"
 
 
 class Sentry:
@@ -31,11 +34,17 @@ class Sentry:
         seen = {other: see(address) for other, address in enumerate(addresses) if other != process}
         self._marks = {other: mark for other, mark in seen.items() if mark is not None}
         self._search = Search(program, process, processes, self._marks, self._beats, self._failed)
-        store.set(beat_key(name, process), "0 0 0")
+        store.set(beat_key(name, process), NO_BEAT)
         end_silent = functools.partial(_end_silent, store.clone(), f"{name}/silent", self._marks)
-        pulse = Pulse(store.clone(), name, process, mark, f"{name}/fault", timeout_s, end_silent)
-        pulse.start()
-        weakref.finalize(self, pulse.stop.set)
+        self._pulse = Pulse(store.clone(), name, process, mark, self._faults.key, timeout_s, end_silent)
+        self._pulse.start()
+        weakref.finalize(self, self._pulse.end)
+
+    def begin(self, place: int, waits: bool = False) -> None:
+        """A round begins there; ``waits``: the process may wait at any place of it."""
+        self.words[WAITS] = waits
+        self.words[PLACE] = place
+        self.words[ROUND] += 1
 
     def place(self) -> str:
         """Where this process is."""
@@ -46,11 +55,13 @@ class Sentry:
 
         ``mine`` is what this process has to say, ``error`` what it met.
         """
+        if self._pulse.fault:
+            return self._pulse.fault, False
         if not isinstance(error, PeerFault):
             return self._tell(mine)
         if within(STORE_SECONDS, self._store.num_keys) is None and not kept_by_torchrun() and self._process:
             return self._without_store()
-        cause = self._search.find(self.words[STEP], self.words[PLACE], error.late, self._timeout_s)
+        cause = self._search.find(self.words[:TOKEN], error.late, self._timeout_s)
         if cause is None:
             return self._tell(mine)
         if cause.silent:
@@ -60,6 +71,12 @@ class Sentry:
         if ours:
             self._end(cause)
         return told, ours
+
+    def leave(self) -> None:
+        """The program has failed, and this process has heard of it and let go of the others."""
+        if self._process == 0 and not kept_by_torchrun():
+            time.sleep(2 * self._pulse.every)  # the store ends with this process: let the others read it
+        self._pulse.end()
 
     def _tell(self, message: str) -> tuple[str, bool]:
         first = self._faults.record(message)
@@ -78,21 +95,21 @@ class Sentry:
 
     def trouble(self) -> bool:
         """Whether another process has told its failure, or has ended before the end of this process's step."""
-        return self._failed() or any(mark.gone() and _within(mark, self.words[STEP]) for mark in self._marks.values())
+        return self._failed() or any(mark.gone() and _within(mark, self.words[ROUND]) for mark in self._marks.values())
 
     def _failed(self) -> bool:
         return bool(within(STORE_SECONDS, lambda: self._store.check([self._faults.key])))
 
     def _beats(self) -> list[tuple[int, ...]]:
-        """The last beat of each process; zeros where the store does not answer."""
+        """The last beat of each process; none where the store does not answer."""
         keys = [beat_key(self._name, other) for other in range(self._processes)]
-        texts = within(STORE_SECONDS, lambda: self._store.multi_get(keys)) or [b"0 0 0"] * len(keys)
+        texts = within(STORE_SECONDS, lambda: self._store.multi_get(keys)) or [NO_BEAT] * len(keys)
         return [tuple(map(int, text.split())) for text in texts]
 
 
-def _within(mark: SeenMark, step: int) -> bool:
-    """Whether a process has not come to the end of ``step``."""
-    return mark.words[PLACE] != OUTSIDE or mark.words[STEP] < step
+def _within(mark: SeenMark, round_: int) -> bool:
+    """Whether a process has not come to the end of a round."""
+    return mark.words[PLACE] != OUTSIDE or mark.words[ROUND] < round_
 
 
 def _end_silent(store: Any, key: str, marks: Mapping[int, SeenMark]) -> None:

@@ -63,9 +63,9 @@ def finish_step(target: Path, index: dict[str, Any], config: str) -> None:
     partial(target).rename(target)
     sync_folder(directory)
     inside = {name: f"{target.name}/{file}" for name, file in index["weight_map"].items()}
-    _replace(directory / INDEX, json.dumps(index | {"weight_map": inside}, indent=2))
+    replace_text(directory / INDEX, json.dumps(index | {"weight_map": inside}, indent=2))
     if config:
-        _replace(directory / CONFIG, config)
+        replace_text(directory / CONFIG, config)
     sync_folder(directory)
     for old in complete(directory)[KEPT:]:
         _remove(old)
@@ -161,7 +161,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file; at every moment there is the old one or the new one, whole."""
     fresh = path.with_name(f".{path.name}.partial")
     write_text(fresh, text)
     fresh.replace(path)

@@ -17,7 +17,7 @@ from pipecompile.runtime.device_progress import DeviceWatch, Progress, waiting_p
 from pipecompile.runtime.ends import Ends
 from pipecompile.runtime.executor import Step
 from pipecompile.runtime.links import empty
-from pipecompile.runtime.marks import OUTSIDE, PLACE, STEP
+from pipecompile.runtime.marks import OUTSIDE, PLACE, ROUND
 from tests.runtime.handmade import Net, accumulate, batch_of
 from tests.runtime.processes import run
 from tests.runtime.test_rank import MICROBATCHES, runtime_of
@@ -110,7 +110,7 @@ def test_only_a_wait_can_be_late(works_until: int, late: bool) -> None:
     owner = Owner()
     watch = DeviceWatch(Device(works_until), words, waiting_places(ROW), 0.2, lambda: False, owner.fault)
     watch.start()
-    words[STEP] = 1
+    words[ROUND] = 1
     watch.begin()
     watch.launch(steps_of(ROW))
     assert told.wait(0.6) == late

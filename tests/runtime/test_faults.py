@@ -13,10 +13,10 @@ from tests.runtime.faults import Case, outcome, wrong
 @pytest.mark.parametrize(
     "case",
     [
-        Case("raise", "interleaved-1f1b", 2, rank=1, position=9),
-        Case("kill", "zb-h2", 4, rank=2, position=12, shared_memory=False),
-        Case("kill", "interleaved-1f1b", 2, rank=0, position=5, agent=False),
-        Case("stop", "1f1b", 4, rank=3, position=4),
+        Case("raise", "interleaved-1f1b", 2, process=1, position=9),
+        Case("kill", "zb-h2", 4, process=2, position=12, shared_memory=False),
+        Case("kill", "interleaved-1f1b", 2, process=0, position=5, agent=False),
+        Case("stop", "1f1b", 4, process=3, position=4),
     ],
     ids=str,
 )

@@ -118,14 +118,14 @@ def test_a_broken_connection_names_its_rank(act: Callable[[SharedSender, SharedR
     sender.begin()
     receiver.begin()
     (receiver if rank else sender).close()
-    with pytest.raises(RuntimeFault, match=f"the connection to rank {rank} broke, its process has ended or failed"):
+    with pytest.raises(RuntimeFault, match=f"the connection to rank {rank} broke: a process has ended or failed"):
         act(sender, receiver)
 
 
 def test_a_late_message_names_its_rank() -> None:
     _, receiver = pair(timeout_s=0.2)
     receiver.begin()
-    with pytest.raises(RuntimeFault, match=r"waited 0\.2 s for rank 0, which is stuck, gone or slow; allow more time"):
+    with pytest.raises(RuntimeFault, match=r"waited 0\.2 s for rank 0: stuck, gone or slow; allow more time"):
         receiver.receive()
 
 
