@@ -61,8 +61,9 @@ class Pulse(threading.Thread):
                     self.fault = self._store.get(self._fault_key).decode(errors="replace")
                     self._on_fault()
             except RuntimeError:
-                self._without_store(here)
-                return
+                if not self.fault:
+                    self._without_store(here)
+                    return
             if self.fault:
                 self._after_fault()
                 return
