@@ -19,7 +19,7 @@ from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import Weigh, compile_model
 from pipecompile.cost import NodeCost, estimate, measure, read_costs, stage_formulas
 from pipecompile.errors import ScheduleError, VerificationError
-from pipecompile.ir import Graph, StageFormulas
+from pipecompile.ir import Graph, Shape, StageFormulas
 from pipecompile.machine import Machine, find_machine, parse_bytes
 from pipecompile.masters import read_dtype
 from pipecompile.opened import read_files
@@ -77,7 +77,7 @@ def compile(
         )
     options = Options(
         stages=stages,
-        ranks=ranks or stages,
+        ranks=stages if ranks is None else ranks,
         microbatches=microbatches,
         schedule=schedule,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
@@ -86,6 +86,8 @@ def compile(
         recompute=read_modes(recompute, stages),
         gradient_dtype=read_dtype(gradient_dtype),
     )
+
+    Shape(stages, options.ranks, microbatches)  # refuses numbers below 1 before anything is split by them
 
     def files() -> str:
         microbatch = copied(split(batch, microbatches)[0])

@@ -152,8 +152,10 @@ class Plan:
         return tuple(expression(formulas.flops, self.sizes) for formulas in self.formulas)
 
     def bytes_of(self, value: str) -> Any:
-        """The bytes of a value that crosses, as a sympy expression in the open sizes."""
+        """The bytes of a value that crosses, as a sympy expression in the open sizes. BuildError if none has that name."""
         specs = {port.name: port.spec for stage in self.stages for port in stage.outputs}
+        if value not in specs:
+            raise BuildError(f"no stage gives a value {value!r}; those that cross are {', '.join(specs)}")
         return bytes_expression(specs[value], self.sizes)
 
     @property

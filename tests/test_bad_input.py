@@ -44,6 +44,8 @@ def compile(model: nn.Module | None = None, **options: Any) -> pipecompile.Pipe:
     ("options", "error", "message"),
     [
         ({"microbatches": 3}, BatchError, "has 8 rows in dim 0, which do not divide into 3 microbatches; use a batch of 6"),
+        ({"microbatches": 0}, ScheduleError, "microbatches is 0, expected at least 1"),
+        ({"ranks": 0}, ScheduleError, "ranks is 0, expected at least 1"),
         ({"stages": 9}, PartitionError, "9 stages asked for, .* at most 5 stages are possible"),
         ({"schedule": "foo"}, ScheduleError, "unknown schedule 'foo'; choose one of 1f1b, auto, .*gpipe"),
         (

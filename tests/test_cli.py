@@ -181,6 +181,7 @@ def test_schedule_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
         ("foo --stages 4", "unknown schedule 'foo'; choose one of 1f1b, auto, "),
         ("1f1b", "--stages is missing; say how many stages the model has, for example --stages 4"),
         ("1f1b --stages 0", "stages is 0, expected at least 1"),
+        ("1f1b --stages 2 --ranks 0", "ranks is 0, expected at least 1"),
         (
             "1f1b --stages 8 --ranks 3",
             "8 stages do not divide over 3 ranks; use a multiple of 3, for example --stages 9",

@@ -137,6 +137,8 @@ def test_the_plan_of_other_sizes_is_that_of_compiling_anew(tmp_path: Any) -> Non
     assert plan.flops == anew.flops
     batch, sequence = (sympy.Symbol(name, integer=True, positive=True) for name in ("batch", "sequence"))
     assert plan.bytes_of(told.transfers[0].value) == 32 * 4 * batch * sequence
+    with pytest.raises(BuildError, match="no stage gives a value 'nothing'; those that cross are "):
+        plan.bytes_of("nothing")
     assert plan.flops[1].subs({batch: 5, sequence: 13}) == anew.flops[1].subs({batch: 5, sequence: 13}) > 0
 
 

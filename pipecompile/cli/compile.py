@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, out: TextIO) -> int:
         model,
         batch,
         stages=options.stages,
-        microbatches=options.microbatches or default_microbatches(batch, options.ranks or options.stages),
+        microbatches=_microbatches(options, batch),
         schedule=options.schedule,
         loss=file.loss,
         ranks=options.ranks,
@@ -98,6 +98,12 @@ def _largest(plan: Plan, memory: str) -> str:
         return f"largest microbatch within {memory}: {plan.largest_microbatch(memory)} rows"
     except PipecompileError as error:
         return f"largest microbatch within {memory}: {error}"
+
+
+def _microbatches(options: argparse.Namespace, batch: object) -> int:
+    if options.microbatches is not None:
+        return int(options.microbatches)
+    return default_microbatches(batch, max(1, options.stages if options.ranks is None else options.ranks))
 
 
 def default_microbatches(batch: object, ranks: int) -> int:

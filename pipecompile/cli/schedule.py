@@ -89,7 +89,7 @@ def _timetable(options: argparse.Namespace) -> tuple[Timetable, Partition]:
         timetable = read_csv(options.from_csv)
         return timetable, chain(timetable.shape.stages, _costs(options, timetable.shape.stages))
     found, stages = _schedule(options), _stages(options)
-    ranks = options.ranks or max(1, stages // (found.per_rank or 1))
+    ranks = max(1, stages // (found.per_rank or 1)) if options.ranks is None else options.ranks
     shape = Shape(stages, ranks, 2 * stages if options.microbatches is None else options.microbatches)
     partition = chain(stages, _costs(options, stages))
     if options.activations is None:
