@@ -109,12 +109,14 @@ def test_what_fits_by_recomputation_is_found(modes: tuple[str, ...], schedule: s
     graph = recomputing(random_graph(draw, 7), modes, draw)
     least = min(peak_of(found, schedule, shape) for found in partitions(graph, 3))
 
-    def cut(memory: int) -> Partition:
-        return Cutter(Options(3, 3, 4, schedule, memory=memory, recompute=modes), shape)(graph)
+    def cutter(memory: int) -> Cutter:
+        return Cutter(Options(3, 3, 4, schedule, memory=memory, recompute=modes), shape)
 
-    assert peak_of(cut(least), schedule, shape) == least
+    assert peak_of(cutter(least)(graph), schedule, shape) == least
+    short = cutter(least - 1)
     with pytest.raises(MemoryLimitError, match=f"{least} bytes for each rank would do, .* and less would not"):
-        cut(least - 1)
+        short(graph)
+    assert not any(search.refused for search in short.searches[graph]), "the rows count what is made again"
 
 
 @pytest.mark.usefixtures("little_effort")
