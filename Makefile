@@ -32,7 +32,7 @@ kill-test: setup
 weights-memory: setup
 	$(BIN)/python -m benchmarks.weights
 
-# A process raises, is killed, is stopped or hangs at 20 random instructions each: all must be told of that place.
+# A process raises, is killed, is stopped or hangs at 20 random places each: all must be told of that place.
 faults: setup
 	$(BIN)/python -m tests.runtime.faults
 

@@ -17,6 +17,7 @@ import mmap
 import os
 import secrets
 import signal
+import weakref
 
 ROUND, PLACE, WAITS, TOKEN = 0, 1, 2, 3
 """The words of the memory: rounds begun, where in the last one, whether only others are waited for there (told in sums
@@ -49,6 +50,7 @@ class SeenMark:
     def __init__(self, pid: int, file: int) -> None:
         self.pid = pid
         self._file = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR)
+        weakref.finalize(self, os.close, self._file)
         self.words = memoryview(mmap.mmap(self._file, 8 * WORDS)).cast("q")
 
     def seen(self) -> tuple[int, ...]:
