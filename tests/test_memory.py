@@ -90,6 +90,16 @@ def test_what_instructions_take_adds_up() -> None:
     assert first == tuple(always + one for one in over)
 
 
+def test_what_libraries_keep_counts_once_on_a_rank() -> None:
+    partition = weighed()
+    costs = tuple(replace(c, uses=(*c.uses, Use("LIBRARIES", 40))) for c in partition.costs)
+    for ranks in (1, 2):
+        shape = Shape(2, ranks, 2)
+        whole = communicate(make_timetable("gpipe" if ranks == 2 else "interleaved-1f1b", shape), partition)
+        before, after = (peak_bytes(whole, one) for one in (partition, replace(partition, costs=costs)))
+        assert after == tuple(peak + 40 for peak in before)
+
+
 def test_an_optimizer_that_takes_most_sets_the_peak() -> None:
     partition = weighed()
     costs = tuple(

@@ -91,10 +91,10 @@ def _start(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace, out: TextIO) -> int:
     import torch.distributed as dist
 
-    from pipecompile.runtime import connect
+    from pipecompile.runtime import backend_here, connect
 
     if not options.local:
-        connect(timeout_s=options.timeout)
+        connect(backend_here(), options.timeout)
     _check(options)
     pipe, file, optimizer, losses = _begin(options)
     first, begin, before = pipe.steps - len(losses), time.perf_counter(), len(losses)

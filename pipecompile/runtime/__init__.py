@@ -19,6 +19,7 @@ from pipecompile.runtime.recompute import recompute, recomputed
 from pipecompile.runtime.replicas import World, world_of
 from pipecompile.runtime.report import Gathering, report
 from pipecompile.runtime.stage import Stage, make_stage
+from pipecompile.runtime.stream_links import backend_here
 from pipecompile.runtime.transport import Mailboxes, Transport
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Transport",
     "World",
     "any_failed",
+    "backend_here",
     "begin_microbatch",
     "connect",
     "device_of",

@@ -38,6 +38,19 @@ def over_nccl(device: torch.device) -> bool:
     return device.type == "cuda" and "cuda:nccl" in dist.get_backend_config()
 
 
+def backend_here() -> str:
+    """The backend for this process: NCCL for CUDA tensors where each process of the host has a GPU of its own, which
+    becomes its current device; gloo for all else.
+    """
+    local, processes = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    if not (dist.is_nccl_available() and torch.cuda.device_count() >= processes):
+        return "gloo"
+    torch.cuda.set_device(local)
+    return "cpu:gloo,cuda:nccl"
+
+
 def set_up_nccl() -> None:
     """What NCCL and CUDA read when they start, unless the user has set it.
 

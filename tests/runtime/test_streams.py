@@ -21,7 +21,7 @@ from pipecompile.runtime.links import empty
 from pipecompile.runtime.messages import by_index
 from pipecompile.runtime.replicas import World
 from pipecompile.runtime.stream_channels import StreamChannels, posts
-from pipecompile.runtime.stream_links import QUEUES, check_queues
+from pipecompile.runtime.stream_links import QUEUES, backend_here, check_queues, over_nccl
 from pipecompile.runtime.wiring import wire
 from tests.runtime.handmade import PLANS, Net, accumulate, batch_of, program_of, stages_of
 from tests.runtime.recorder import Recorder
@@ -89,7 +89,7 @@ def step(program: Program, recorder: Recorder, mail: list[Channels], executors: 
 @pytest.mark.parametrize("kind", ["stream", "staged"])
 @pytest.mark.parametrize(
     ("schedule", "ranks"),
-    [("gpipe", 4), ("1f1b", 4), ("interleaved-1f1b", 2), ("looped-bfs", 2), ("zb-h1", 4), ("zb-v", 2)],
+    [("gpipe", 4), ("1f1b", 4), ("interleaved-1f1b", 2), ("zb-v", 2)],
 )
 def test_every_two_uses_of_memory_are_ordered(
     schedule: str, ranks: int, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -157,3 +157,29 @@ def test_streams_that_share_a_queue_are_refused(monkeypatch: pytest.MonkeyPatch)
         RuntimeFault, match="32 channels and groups, but a device has 32 hardware queues; compile with fewer"
     ):
         check_queues(32)
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "expected"), [(0, 2, "gloo"), (1, 2, "gloo"), (2, 2, "cpu:gloo,cuda:nccl")]
+)
+def test_nccl_where_each_process_has_a_device(
+    devices: int, processes: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert backend_here() == expected
+    assert chosen == ([1] if "nccl" in expected else [])
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [("cuda:nccl", "stream"), ("cpu:gloo,cuda:nccl", "stream"), ("cpu:gloo,cuda:gloo", "staged")]
+)
+def test_ends_fit_device_and_group(config: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: config)
+    assert Ends.of(torch.device("cuda", 0)).kind == kind
+    assert over_nccl(torch.device("cuda", 0)) == (kind == "stream")
+    assert Ends.of(CPU).kind == "host"
