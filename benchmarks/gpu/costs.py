@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from benchmarks.gpu.setting import MODELS, Result, arguments, checked, machine_of, make, tell
 from pipecompile.capture import capture
-from pipecompile.cost import NodeCost, estimate, measure
+from pipecompile.cost import Costed, NodeCost, cost_graph, estimate, measure
 from pipecompile.ir import CostGraph, Graph, Partition
 from pipecompile.machine import find_machine
 from pipecompile.passes.opening import split
@@ -72,13 +71,13 @@ def compare(model: nn.Module, batch: Any, machine: str) -> list[Result]:
 def lifted(model: nn.Module, batch: Any, machine: str) -> Graph:
     """The graph as it was opened for balance."""
 
-    def price(graph: Graph) -> Mapping[str, NodeCost]:
-        return estimate(graph, find_machine(machine))
+    def cost(graph: Graph) -> Costed:
+        return cost_graph(graph, estimate(graph, find_machine(machine)), type(model).__name__)
 
     def cut(costs: CostGraph) -> Partition:
         return partition(costs, STAGES)
 
-    return split(capture(model, batch, None), STAGES, price, cut).graph
+    return split(capture(model, batch, None), STAGES, cost, cut).graph
 
 
 def _ms(cost: NodeCost) -> float:
