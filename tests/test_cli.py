@@ -175,6 +175,16 @@ def test_schedule_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert one_object(capsys.readouterr().out)["schedule"] == "1f1b"
 
 
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    words = [sys.executable, "-m", "pipecompile", "schedule", "gpipe", "--stages", "8", "--microbatches", "400"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pipecompile.cli.output import nobody_reads
 from pipecompile.errors import PipecompileError
 
 COMMANDS = ("compile", "run", "verify", "schedule", "partition")
@@ -28,7 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     options = parser.parse_args(rest)
     try:
-        return int(command.run(options) or 0)
+        code = int(command.run(options) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not nobody_reads(sys.stdout):  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except PipecompileError as error:
         print(f"pipecompile: {error}", file=sys.stderr)
         return 1

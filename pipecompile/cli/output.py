@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -17,3 +18,10 @@ def standard_output(json_only: bool) -> Iterator[TextIO]:
         return
     with redirect_stdout(sys.stderr):
         yield stream
+
+
+def nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader, ``head`` for example, has seen enough and gone."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
