@@ -265,3 +265,34 @@ def test_lists_of_lists_that_the_batch_tells() -> None:
     model, batch = Grid(), {"x": torch.randn(8, WIDTH), "sizes": torch.tensor([[4, 4]] * 8)}
     row = run("grid", (model, batch, None), 3, 3, "1f1b")
     assert row.ok, row
+
+
+class Caching(nn.Module):
+    """Takes what the last call left in a list, and leaves something there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, cache: list[Any]) -> Tensor:
+        x = self.linear(x) if cache[0] is None else self.linear(x) + cache[0]
+        cache[0] = x
+        return x
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Caching() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache = [None]
+        for layer in self.layers:
+            x = torch.tanh(layer(x, cache))
+        return x.square().mean()
+
+
+def test_a_list_that_modules_change() -> None:
+    row = run("cached", (Cached(), {"x": torch.randn(8, WIDTH)}, None), 4, 4, "1f1b")
+    assert row.ok, row

@@ -46,6 +46,7 @@ from pipecompile.capture.sizes import (
 )
 from pipecompile.capture.state import held_twice, memory, untouched
 from pipecompile.capture.step import Loss, Step, copied, default_loss
+from pipecompile.capture.structure import snapshot
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.errors import CaptureError, PipecompileError, must_stay_whole
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
@@ -187,9 +188,9 @@ def _some(names: list[str]) -> str:
 
 
 def _trace(task: Task, open_: Labels, fixed: dict[str, str], shapes: OpaqueShapes, repeats: bool) -> Graph:
-    recorder = Recorder(mark=True, functions=task.seen.functions)
+    recorder = Recorder(mark=True, keep=snapshot, functions=task.seen.functions)
     places = Places(recorder)
-    blocks = Blocks(recorder, task.seen.calls, task.opaque, repeats)
+    blocks = Blocks(recorder, task.seen.calls, task.opaque, repeats, changing=task.seen.changing)
 
     def on_batch(batch: Any) -> None:
         shapes.symbols.update(symbols(batch, open_))
@@ -296,7 +297,9 @@ def _read(
     given = _user_inputs(program)
     sizes = Sizes.of(given, open_, values(task.batch, open_), places)
     conditions = sizes.conditions(given)
-    reader = Reader(recorder, seen.calls, attributes, frozenset(seen.changed_buffers), seen.random, sizes)
+    reader = Reader(
+        recorder, seen.calls, attributes, frozenset(seen.changed_buffers), seen.random, seen.changing, sizes
+    )
     arguments, inputs, constants = _arguments(program, task.batch, model, sizes, given)
     outputs = reader.read(program.graph_module, arguments)
     check_templates(reader)

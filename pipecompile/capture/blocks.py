@@ -60,6 +60,7 @@ class NeedsFullTrace(Exception):
 class Blocks:
     """Passes over blocks while a model is traced. ``eager`` are the calls that eager mode made, ``opaque`` FQNs.
 
+    Calls whose keys are in ``changing`` change what they are given, and are not passed over as repetitions.
     ``open`` gives the shape while tracing of a result of an opaque call, from what eager mode gave, its key and place.
     """
 
@@ -68,6 +69,7 @@ class Blocks:
     opaque: frozenset[str]
     repeats: bool
     open: Callable[[Tensor, str, int], Shape] = lambda tensor, key, place: (tensor.shape, tensor.stride)
+    changing: frozenset[str] = frozenset()
     templates: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -115,7 +117,7 @@ class Blocks:
             call = self.recorder.calls[index]
             seen = self.eager.get(call.key)
             shape = _argument_key(args, kwargs)
-            if call.fqn != fqn or seen is None or not shape or not _complete(seen.result):
+            if call.fqn != fqn or seen is None or not shape or not _complete(seen.result) or call.key in self.changing:
                 return original(*args, **kwargs)
             template = self.templates.setdefault(f"{like} {shape} {_mode()}", index)
             if template == index:

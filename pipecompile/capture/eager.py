@@ -31,8 +31,8 @@ class Observation:
     """The calls that eager mode made, by key, why some must stay whole, and the buffers whose contents changed.
 
     ``questions`` have the answers that the model's code got when it asked for a tensor's value; ``random`` are the keys
-    of the calls that drew random numbers themselves, ``functions`` of those that used custom autograd functions; ``notes``
-    are for the user.
+    of the calls that drew random numbers themselves, ``functions`` of those that used custom autograd functions; ``changing``
+    of those that changed a list or dict that they were given; ``notes`` are for the user.
     """
 
     calls: dict[str, Tracepoint]
@@ -42,6 +42,7 @@ class Observation:
     random: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     functions: frozenset[str] = frozenset()
+    changing: frozenset[str] = frozenset()
 
 
 def skeleton(whole: Any) -> Any:
@@ -127,6 +128,7 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
         frozenset(draws.torch),
         tuple(notes),
         frozenset(functions.found),
+        frozenset(recorder.changing),
     )
 
 

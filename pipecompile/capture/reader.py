@@ -52,6 +52,7 @@ class Reader:
     attributes: Mapping[str, AttributeInfo]
     changed_buffers: frozenset[str]
     drawing: frozenset[str] = frozenset()
+    changing: frozenset[str] = frozenset()
     sizes: Sizes = field(default_factory=Sizes)
     nodes: list[Node] = field(default_factory=list)
     calls: dict[int, Call] = field(default_factory=dict)
@@ -347,6 +348,8 @@ class Reader:
                 if isinstance(remembered, Unrenderable):
                     raise remembered
             args, kwargs = merge(args, eager.args), merge(kwargs, eager.kwargs)
+            if seen.key in self.changing:
+                raise Unrenderable("it changes a list or dict that it is given")
         except Unrenderable as reason:
             obstacle = str(reason)
         return Call(

@@ -177,6 +177,8 @@ def _is_limit(expression: Any) -> bool:
 
 
 def _in_torch(place: Any) -> bool:
+    if contents.OURS in str(place):
+        return True
     file = getattr(getattr(place, "framework_loc", None), "filename", "")
     return not getattr(place, "maybe_user_loc", None) and file.startswith(str(Path(torch.__file__).parent))
 

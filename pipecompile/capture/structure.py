@@ -67,6 +67,29 @@ def rebuild(whole: Any, leaf: Callable[[Any], Any]) -> Any:
     raise Unrenderable(f"an argument of type {type(whole).__module__}.{type(whole).__qualname__}")
 
 
+def snapshot(whole: Any) -> Any:
+    """The same with lists and dicts of its own, which a module may change (a cache that it is given)."""
+    if type(whole) in (tuple, list):
+        return type(whole)(map(snapshot, whole))
+    if type(whole) is dict:
+        return {key: snapshot(part) for key, part in whole.items()}
+    return whole
+
+
+def containers(whole: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Every list and dict with what it holds now."""
+    if isinstance(whole, list | dict):
+        yield whole, held(whole)
+    if isinstance(whole, tuple | list | dict):
+        for part in whole.values() if isinstance(whole, dict) else whole:
+            yield from containers(part)
+
+
+def held(container: Any) -> list[Any]:
+    """What a list or dict holds, its keys included."""
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
     """Stands for a tensor in remembered arguments and results; ``dtype`` and ``device`` by their names, ``gradient``

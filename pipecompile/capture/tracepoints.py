@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipecompile.capture.structure import tensors
+from pipecompile.capture.structure import containers, held, tensors
 
 torch.library.define("pipecompile::mark", "(Tensor[] tensors, int event) -> ()")
 
@@ -70,6 +70,9 @@ class Recorder:
     on_exit: Callable[[Tracepoint, Any], None] | None = None
     look: Callable[[str], None] | None = None
     regions: list[str] = field(default_factory=list)
+    changing: set[str] = field(default_factory=set)
+    """Keys of the calls that put something else into a list or dict that they were given."""
+    given: list[list[tuple[Any, list[Any]]]] = field(default_factory=list)
     functions: frozenset[str] = frozenset()
     """Keys of the calls with custom autograd functions, which leave torch's trace believing that gradients stay off."""
 
@@ -137,6 +140,7 @@ class Recorder:
                 self.look(self.calls[parent].key if self.stack else "")
             self.calls.append(Tracepoint(key, fqn, parent, self.keep(args), self.keep(kwargs)))
             self.stack.append(len(self.calls) - 1)
+            self.given.append(list(containers((args, kwargs))))
             if self.on_enter:
                 self.on_enter(self.calls[-1])
             self._event((args, kwargs), entering=True)
@@ -151,9 +155,15 @@ class Recorder:
                 self.look(call.key)
             if self.on_exit:
                 self.on_exit(call, result)
+            if any(not _same(held(now), before) for now, before in self.given.pop()):
+                self.changing.add(call.key)
             if call.key in self.functions:
                 torch._C._set_grad_enabled(torch.is_grad_enabled())
             self._event(result, entering=False)
             self.stack.pop()
 
         return hook
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other))
