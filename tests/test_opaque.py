@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.compare import gradients
-from pipecompile.errors import CaptureError
+from pipecompile.errors import BatchError, CaptureError
 
 
 class Experts(nn.Module):
@@ -70,3 +70,53 @@ def test_data_dependent_routing_is_exact_when_opaque(stages: int, ranks: int, sc
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, gradients(unsplit)[name], rtol=1e-6, atol=1e-8)
     assert sum(pipe.source(index).count(".moe(") for index in range(stages)) == 4
+
+
+class AtItsSize(nn.Module):
+    """Code that depends on the number of rows, where no trace could follow it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(8, 8), kind
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        x = self.linear(x)
+        if self.kind == "rows and one":
+            return torch.cat([x, x[:1]]), 1
+        if self.kind == "asserts":
+            assert x.shape[0] == 4
+        return x, x.shape[0] if self.kind == "number" else 1
+
+
+class Around(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers, self.odd = nn.ModuleList(nn.Linear(8, 8) for _ in range(6)), AtItsSize(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x))
+            if index == 3:
+                x, scale = self.odd(x)
+                x = x * scale
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(("kind", "why"), [
+    ("rows and one", "odd gives results of sizes that are no multiples"),
+    ("asserts", "eager mode does not run with batch 5"),
+    ("number", "odd gives other numbers, or other results, at other sizes"),
+])  # fmt: skip
+def test_what_depends_on_a_size_runs_at_the_compiled_one(kind: str, why: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Around(kind), (torch.randn(16, 8),)
+    unsplit = copy.deepcopy(model)
+    pipe = pipecompile.compile(
+        model, batch, stages=4, microbatches=4, costs="estimate", opaque=("odd",), progress=False
+    )
+    assert why in pipe.plan.fixed["batch"]
+    assert torch.equal(pipe.step(batch), pipe.reference(unsplit, batch))
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, gradients(unsplit)[name], rtol=1e-6, atol=1e-8)
+    with pytest.raises(BatchError, match="batch is fixed"):
+        pipe.step((torch.randn(12, 8),))

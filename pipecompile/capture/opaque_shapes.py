@@ -45,6 +45,8 @@ class OpaqueShapes:
 
     def shape(self, tensor: Tensor, key: str, place: int) -> tuple[list[Any], list[Any]]:
         """Shape and strides, in torch's symbols, of the result at ``place`` of call ``key``."""
+        if any(_besides(seen, key) != _besides(self.seen[0][1], key) for _, seen in self.seen):
+            raise Fixed("", f"{key.rpartition('@')[0]} gives other numbers, or other results, at other sizes")
         same = [(sizes, _result(seen, key, place)) for sizes, seen in self.seen]
         order = memory_order(tensor.shape, tensor.stride) or tuple(range(len(tensor.shape)))
         if any(t is None or len(t.shape) != len(order) or _order(t) != _order(tensor) for _, t in same):
@@ -72,6 +74,14 @@ def _result(seen: Observation, key: str, place: int) -> Tensor | None:
     leaves = pytree.tree_leaves(seen.calls[key].result) if key in seen.calls else []
     found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return found[place] if place < len(found) else None
+
+
+def _besides(seen: Observation, key: str) -> Any:
+    """What a call gave with a mark in place of each tensor."""
+    if key not in seen.calls:
+        return None
+    leaves, structure = pytree.tree_flatten(seen.calls[key].result)
+    return [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
