@@ -152,7 +152,7 @@ def refused(rank: int, build: str) -> tuple[int, str]:
 
 
 def test_the_wrong_number_of_processes_is_refused(build: Path) -> None:
-    codes, said = zip(*run_ranks(refused, 2, str(build)))
+    codes, said = zip(*run_ranks(refused, 2, str(build), agent=True))
     assert codes == (1, 1)
     once = "the program has 4 ranks, but 2 processes run; start it with torchrun --nproc-per-node 4, or a multiple"
     assert "".join(said).count(once) == 1, "one says it for both"
