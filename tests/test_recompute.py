@@ -150,8 +150,9 @@ def test_fewer_bytes_are_kept_and_forecast() -> None:
 
 
 def test_the_split_backward_still_defers_what_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipecompile.runtime import executor
+    from pipecompile.runtime import executor, split_backward
 
+    monkeypatch.setattr(split_backward, "WORTH", 1)
     waited: list[int] = []
     monkeypatch.setattr(executor, "weight_half", lambda rest: (waited.append(len(rest)), real(rest))[1])
     from pipecompile.runtime.split_backward import weight_half as real

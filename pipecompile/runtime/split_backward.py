@@ -11,33 +11,47 @@ Every other parameter's gradient (norms, scalings) comes out of the first half, 
 
 One pass of autograd over the stage, not two. The gradient of a large matrix is summed into what the parameter already
 has by the product itself: no intermediate tensor, and the rounding may differ in the last bits.
+
+Where the products of a stage are so small that looking for them takes as long as they do, nothing waits: its input half
+is the whole backward.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from pipecompile.runtime.backward_graph import Node, Structure, read
 from pipecompile.runtime.weight_formulas import Gradients, Product
 
-Rest = list[tuple[tuple[tuple[Node, bool], ...], Gradients, Tensor]]
-"""What the second half has to do: for each operation the accumulators of its parameters and whether these were used
-transposed, the formula, the gradient that arrived."""
+Targets = tuple[tuple[Tensor, bool], ...]
+"""The parameters of an operation, and whether it used each transposed."""
+Rest = list[tuple[Targets, Gradients, Tensor]]
+"""What the second half has to do: for each operation its parameters, the formula, the gradient that arrived."""
+
+
+WORTH = 1 << 19
+"""Multiply-adds that wait for each node of a stage's graph, on a CPU, below which splitting costs more than it defers."""
+PAUSE = 64
+"""Backwards until a stage that was not worth splitting is looked at again: sizes and frozen parameters may change."""
 
 
 class Known:
-    """The structure of a stage's last graph, so that the next one is only compared with it."""
+    """The structure of a stage's last graph, so that the next one is only compared with it.
 
-    __slots__ = ("structure",)
+    ``pause``: for so many backwards the stage is not looked at, because it was not worth splitting.
+    """
+
+    __slots__ = ("pause", "structure")
 
     def __init__(self) -> None:
         self.structure: Structure | None = None
+        self.pause = 0
 
 
 def input_half(
@@ -50,74 +64,92 @@ def input_half(
     """
     if not roots:
         return [None] * len(leaves), []
-    inputs = [get_gradient_edge(leaf) for leaf in leaves]
-    structure, nodes, rest = _prepare(roots, inputs, known or Known())
-    others = [nodes[number] for number in structure.others]
-    if structure.whole or hooked(others) or any(hooked(target for target, _ in targets) for _, targets, _ in rest):
+    others, rest = _prepare(roots, leaves, known or Known())
+    if not rest:
         torch.autograd.backward(roots, gradients)
         return [leaf.grad for leaf in leaves], []
-    wanted = [*inputs, *(GradientEdge(node, 0) for node in others), *(GradientEdge(node, 0) for node, _, _ in rest)]
+    wanted: list[Any] = [*leaves, *others, *(GradientEdge(node, 0) for node, _, _ in rest)]
     found = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
-    first, last = len(inputs), len(inputs) + len(others)
-    for node, gradient in zip(others, found[first:last]):
+    first, last = len(leaves), len(leaves) + len(others)
+    for parameter, gradient in zip(others, found[first:last]):
         if gradient is not None:
-            add_gradient(node.variable, gradient, owned=False)
+            add_gradient(parameter, gradient, owned=False)
     arrived = zip(rest, found[last:])
     return list(found[:first]), [(targets, formula, g) for (_, targets, formula), g in arrived if g is not None]
 
 
 def _prepare(
-    roots: Sequence[GradientEdge], inputs: Sequence[GradientEdge], known: Known
-) -> tuple[Structure, list[Node], list[Any]]:
-    """The graph's structure and nodes, and each operation that waits: its node, its parameters, its formula."""
+    roots: Sequence[GradientEdge], leaves: Sequence[Tensor], known: Known
+) -> tuple[list[Tensor], list[tuple[Node, Targets, Gradients]]]:
+    """The parameters that cannot wait, and each operation that does: its node, its parameters, its formula."""
+    if known.pause:
+        known.pause -= 1
+        return [], []
     structure = known.structure
-    nodes = None if structure is None else structure.recognise(roots, inputs)
+    nodes = None if structure is None else structure.recognise(roots, leaves)
     while True:
         if structure is None or nodes is None:
-            structure, nodes = read(roots, inputs)
+            structure, nodes = read(roots, leaves)
             known.structure = structure
-        rest = []
-        for one in structure.deferred:
-            node = nodes[one.number]
-            formula = one.make(node, len(one.targets) > 1)
-            if formula is None:
-                break
-            rest.append((node, tuple((nodes[t.number], t.transposed) for t in one.targets), formula))
-        else:
-            return structure, nodes, rest
+        if structure.whole or not _worth(structure):
+            known.structure, known.pause = None, PAUSE
+            return [], []
+        others = [structure.parameters[number] for number in structure.others]
+        if hooked(others):
+            return [], []
+        rest = _waiting(structure, nodes)
+        if rest is not None:
+            return others, [] if any(hooked(p for p, _ in targets) for _, targets, _ in rest) else rest
         structure = None
 
 
-def hooked(accumulators: Any) -> bool:
-    """Whether a parameter of the accumulators has hooks, which must see its gradient whole."""
-    for node in accumulators:
-        parameter = node.variable
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return True
-    return False
+def _worth(structure: Structure) -> bool:
+    """Whether what can wait takes longer than finding it."""
+    if not structure.deferred:
+        return False
+    on_cpu = structure.parameters[structure.deferred[0].targets[0].number].device.type == "cpu"
+    return not on_cpu or sum(one.work for one in structure.deferred) >= WORTH * len(structure.kinds)
+
+
+def _waiting(structure: Structure, nodes: list[Node]) -> list[tuple[Node, Targets, Gradients]] | None:
+    """The operations that wait; None if one of them cannot in this graph."""
+    rest = []
+    for one in structure.deferred:
+        node = nodes[one.number]
+        formula = one.make(node, len(one.targets) > 1)
+        if formula is None:
+            return None
+        rest.append((node, tuple((structure.parameters[t.number], t.transposed) for t in one.targets), formula))
+    return rest
+
+
+def hooked(parameters: Iterable[Tensor]) -> bool:
+    """Whether a parameter has hooks, which must see its gradient whole."""
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
 
 
 def weight_half(rest: Rest) -> None:
     """Add the gradients of the parameters that waited to their ``.grad``; uses of one parameter are summed first."""
-    uses = Counter(target for targets, _, _ in rest for target, _ in targets)
-    sums: dict[Any, Tensor] = {}
+    uses = Counter(id(parameter) for targets, _, _ in rest for parameter, _ in targets)
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
     rest.reverse()
     with torch.no_grad():
         while rest:
             targets, formula, arrived = rest.pop()
-            for (target, transposed), gradient in zip(targets, formula(arrived)):
-                parameter = target.variable
+            for (parameter, transposed), gradient in zip(targets, formula(arrived)):
+                once = uses[id(parameter)] == 1
                 if isinstance(gradient, Product):
-                    if uses[target] == 1 and gradient.add_to(parameter, transposed):
+                    if once and gradient.add_to(parameter, transposed):
                         continue
                     gradient = gradient.compute()
                 value = (gradient.t() if transposed else gradient).to(parameter.device, parameter.dtype)
-                if uses[target] == 1:
+                if once:
                     add_gradient(parameter, value, owned=value.shape != arrived.shape)
                 else:
-                    sums[target] = sums[target] + value if target in sums else value
-    for target, value in sums.items():
-        add_gradient(target.variable, value, owned=False)
+                    before = sums.get(id(parameter))
+                    sums[id(parameter)] = (parameter, value if before is None else before[1] + value)
+    for parameter, value in sums.values():
+        add_gradient(parameter, value, owned=False)
 
 
 def add_gradient(parameter: Tensor, gradient: Tensor, owned: bool) -> None:

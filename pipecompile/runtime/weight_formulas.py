@@ -7,6 +7,7 @@ product that is added to a gradient as it is computed may round once more for ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,13 +120,31 @@ def _embedding(node: Any, bias: bool) -> Gradients | None:
     return lambda gradient: (torch.ops.aten.embedding_dense_backward.default(gradient, indices, rows, padding, scaled),)
 
 
+Uses = Callable[[Any], int]
+"""From a node: how many multiply-adds each element of its weight's gradient takes."""
+PASSES = 64
+"""Multiply-adds in the time of a table's gradient for each element: zeros, rows, and the sum with what is there."""
+
+
+def _rows(name: str, dimension: int) -> Uses:
+    return lambda node: int(getattr(node, f"_saved_{name}").shape[dimension])
+
+
+def _positions(node: Any) -> int:
+    """Where a convolution's kernel is put: at each element of its output, of its input if it is transposed."""
+    x = node._saved_input
+    stride = 1 if node._saved_transposed else math.prod(node._saved_stride)
+    positions: int = x.shape[0] * math.prod(x.shape[2:]) // stride
+    return max(1, positions)
+
+
 PRODUCTS = (_addmm, _mm)
 """The formulas whose first gradient is a Product."""
-FORMULAS: dict[str, tuple[tuple[int, ...], Formula]] = {
-    "AddmmBackward0": ((2, 0), _addmm),
-    "MmBackward0": ((1,), _mm),
-    "BmmBackward0": ((1,), _bmm),
-    "ConvolutionBackward0": ((1, 2), _convolution),
-    "EmbeddingBackward0": ((0,), _embedding),
+FORMULAS: dict[str, tuple[tuple[int, ...], Formula, Uses]] = {
+    "AddmmBackward0": ((2, 0), _addmm, _rows("mat1", 0)),
+    "MmBackward0": ((1,), _mm, _rows("self", 0)),
+    "BmmBackward0": ((1,), _bmm, _rows("self", 1)),
+    "ConvolutionBackward0": ((1, 2), _convolution, _positions),
+    "EmbeddingBackward0": ((0,), _embedding, lambda node: PASSES),
 }
-"""By node: the place of the weight (and of the bias) among the operation's inputs, and the formula."""
+"""By node: the place of the weight (and of the bias) among the operation's inputs, the formula, the work."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from pipecompile.runtime.backward_graph import Deferred, Node, Structure, Target, read
 from pipecompile.runtime.split_backward import add_gradient, hooked
@@ -29,13 +29,13 @@ WORTH = 1 << 15
 class Summed:
     """How a stage's backward is run: found out at its first graph, and again where a graph differs."""
 
-    __slots__ = ("_other_numbers", "_structure", "_sums", "_worth")
+    __slots__ = ("_others", "_structure", "_sums", "_worth")
 
     def __init__(self) -> None:
         self._worth = True
         self._structure: Structure | None = None
         self._sums: list[tuple[int, Target, Formula]] = []
-        self._other_numbers: list[int] = []
+        self._others: list[Tensor] = []
 
     def backward(self, roots: Sequence[GradientEdge], gradients: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
         """``torch.autograd.backward(roots, gradients)``; the ``leaves`` are what the stage received."""
@@ -47,41 +47,37 @@ class Summed:
         self, nodes: list[Node], roots: Sequence[GradientEdge], gradients: Sequence[Tensor], leaves: Sequence[Tensor]
     ) -> bool:
         """Run it with sums; False if a parameter has hooks, which must see whole gradients."""
-        accumulators = [nodes[target.number] for _, target, _ in self._sums]
-        if hooked(accumulators):
+        assert self._structure is not None
+        parameters = self._structure.parameters
+        if hooked(parameters[target.number] for _, target, _ in self._sums):
             return False
         sums = []
-        for accumulator, (number, target, make) in zip(accumulators, self._sums):
+        for number, target, make in self._sums:
             formula = make(nodes[number], False)
             if formula is None:
                 return False
-            sums.append((nodes[number], Sum(accumulator.variable, target.transposed, formula)))
+            sums.append((nodes[number], Sum(parameters[target.number], target.transposed, formula)))
         for node, one in sums:
             node.register_prehook(one)
-        others = [nodes[number].variable for number in self._other_numbers]
-        torch.autograd.backward(roots, gradients, inputs=[*leaves, *others])
+        torch.autograd.backward(roots, gradients, inputs=[*leaves, *self._others])
         assert all(one.done for _, one in sums), "an operation was left out of the backward"
         return True
 
     def _recognise(self, roots: Sequence[GradientEdge], leaves: Sequence[Tensor]) -> list[Node]:
         """The graph's nodes; if it is not the known one, what can be summed in it."""
-        inputs = [get_gradient_edge(leaf) for leaf in leaves]
         if self._structure is not None:
-            nodes = self._structure.recognise(roots, inputs)
+            nodes = self._structure.recognise(roots, leaves)
             if nodes is not None:
                 return nodes
-        self._structure, nodes = read(roots, inputs)
+        self._structure, nodes = read(roots, leaves)
         self._sums = _sums(self._structure, nodes)
-        elements = sum(nodes[target.number].variable.numel() for _, target, _ in self._sums)
+        parameters = self._structure.parameters
+        elements = sum(parameters[target.number].numel() for _, target, _ in self._sums)
         if elements < WORTH * len(nodes):
             self._worth, self._sums, self._structure = False, [], None
             return []
         summed = {target.number for _, target, _ in self._sums}
-        self._other_numbers = [
-            number
-            for number, node in enumerate(nodes)
-            if type(node).__name__ == "AccumulateGrad" and number not in summed and number not in self._structure.inputs
-        ]
+        self._others = [parameter for number, parameter in parameters.items() if number not in summed]
         return nodes
 
 

@@ -19,8 +19,14 @@ from torch.autograd.graph import get_gradient_edge, save_on_cpu
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from pipecompile.runtime.split_backward import Known, input_half, weight_half
+from pipecompile.runtime import split_backward
+from pipecompile.runtime.split_backward import WORTH, Known, input_half, weight_half
 from pipecompile.runtime.weight_formulas import LARGE, Product
+
+
+@pytest.fixture(autouse=True)
+def always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_backward, "WORTH", 1)
 
 
 class Function(nn.Module):
@@ -210,12 +216,13 @@ def test_a_large_product_is_summed_without_an_intermediate() -> None:
 
 
 def test_a_graph_that_changes_is_read_anew() -> None:
-    """Another branch, a parameter frozen, one thawed, one shared: each graph differs a little from the one before."""
+    """Another parameter or branch, a parameter frozen, one thawed, one shared: each graph differs a little from the one before."""
     module = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
     reference = copy.deepcopy(module)
     forms: list[Callable[[Any, Tensor], Tensor]] = [
         lambda m, x: m["b"](m["a"](x).relu()),
         lambda m, x: m["b"](m["a"](x).relu()),
+        lambda m, x: m["c"](m["a"](x).relu()),
         lambda m, x: m["b"](m["a"](x).tanh()),
         lambda m, x: m["a"](m["a"](x).tanh()),
         lambda m, x: m["b"](m["a"](x).tanh()) + m["c"](x),
@@ -272,6 +279,25 @@ def test_what_the_second_half_does_not_need_is_freed_by_the_first() -> None:
     module = Function(lambda p, x: p[1](Saves.apply(p[0](x))), first, second)
     halves(module, torch.randn(2, 3), torch.ones(2, 3), watch)
     assert alive == [False]
+
+
+def test_small_products_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few microseconds of work are done at once; looked at again after a while, a larger microbatch is split."""
+    monkeypatch.setattr(split_backward, "WORTH", WORTH)
+    monkeypatch.setattr(split_backward, "PAUSE", 2)
+    module, known = nn.Linear(64, 64), Known()
+    waited: list[bool] = []
+    for rows in (8, 8192, 8192, 8192):
+        module.zero_grad()
+        halves(
+            module,
+            torch.randn(rows, 64),
+            torch.ones(rows, 64),
+            lambda: waited.append(module.weight.grad is None),
+            known,
+        )
+        torch.testing.assert_close(module.bias.grad, torch.full((64,), float(rows)))
+    assert waited == [False, False, False, True]
 
 
 def test_nothing_to_do() -> None:
