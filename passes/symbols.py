@@ -60,6 +60,8 @@ def holds(found: Schedule, quantity: str) -> Any:
     assert found.forms is not None
     if quantity in ("idle", "bubble"):
         return _parsed(found.forms.idle_holds)
+    if quantity in ("messages", "bytes") and found.placement is not vee and found.per_rank != 1:
+        return SYMBOLS["p"] > 1  # one rank sends itself nothing
     return _parsed(found.forms.activations_hold) if quantity == "activations" else sympy.true
 
 

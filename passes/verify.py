@@ -95,6 +95,8 @@ def _places(program: Program) -> Places:
                 continue
             if not 0 <= one.microbatch < shape.microbatches:
                 raise _fault(program, place, f"its microbatch is not one of 0 to {shape.microbatches - 1}")
+            if one.op in COMPUTE and (one.peer != -1 or one.values or one.peers):
+                raise _fault(program, place, "a computation has no peer and carries no values; leave them out")
             key = (one.op, one.stage, one.microbatch, one.peer)
             if key in places:
                 raise _fault(program, place, f"it stands twice, first at instruction {places[key][1]}; remove one")

@@ -54,7 +54,13 @@ def test_forms_are_what_the_simulation_gives(name):
     forms = closed_forms(found)
     conditions = {quantity: holds(found, quantity) for quantity in QUANTITIES}
     checked = dict.fromkeys(QUANTITIES, 0)
-    for p, each, times in [(2, 2, (6, 6, 6)), (4, 3, (6, 6, 6)), (4, 2, (12, 12, 6)), (3, 2, (6, 12, 6))]:
+    for p, each, times in [
+        (2, 2, (6, 6, 6)),
+        (4, 3, (6, 6, 6)),
+        (4, 2, (12, 12, 6)),
+        (3, 2, (6, 12, 6)),
+        (1, 2, (6, 6, 6)),
+    ]:
         v = found.per_rank or each
         for m in (1, p - 1, p, p + 1, 2 * p, 3 * p + 1, 4 * p):
             try:

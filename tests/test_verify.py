@@ -63,6 +63,13 @@ def test_messages_of_refusals(rows, words):
         verify(program_of(*rows), partition)
 
 
+def test_a_computation_cannot_be_hidden_behind_a_peer():
+    program = program_of(*ROWS)
+    again = replace(program.rows[0][0], peer=1)
+    with pytest.raises(ProgramError, match=r"0F0 \(rank 0, instruction 1\): a computation has no peer"):
+        verify(replace(program, rows=((program.rows[0][0], again, *program.rows[0][1:]), program.rows[1])), chain(2))
+
+
 def test_the_naive_order_of_1f1b_waits_for_ever():
     rows = (
         "0F0 0SEND_F0>1 0F1 0SEND_F1>1 0RECV_B0<1 0B0 0RECV_B1<1 0B1",

@@ -20,7 +20,7 @@ from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.blocks import best_vee
 
 IDLE = "(F+I+W)/6*Piecewise((2*p-3, p <= 4), (9, p <= 5), (3*p-5, True))"
-FORMS = Forms(IDLE, "Min(2*m, p+2)", "(m >= p) & Eq(F, I) & Eq(I, W)")
+FORMS = Forms(IDLE, "Min(2*m, p+2)", "(p >= 2) & (m >= p) & Eq(F, I) & Eq(I, W)")
 
 
 @schedule("v-half", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS, adapts=True)

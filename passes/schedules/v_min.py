@@ -21,7 +21,7 @@ from pipecompile.passes.schedules import Forms, Rows, Setting, schedule, vee
 from pipecompile.passes.schedules.blocks import best_vee
 
 IDLE = "(F+I+W)/6*Piecewise((4*p-7, p <= 3), (11, p <= 5), (4*p-5, True))"
-FORMS = Forms(IDLE, "Min(2*m, 2*floor((p+4)/3))", "(m >= p) & Eq(F, I) & Eq(I, W)")
+FORMS = Forms(IDLE, "Min(2*m, 2*floor((p+4)/3))", "(p >= 2) & (m >= p) & Eq(F, I) & Eq(I, W)")
 
 
 @schedule("v-min", placement=vee, per_rank=2, instead="zb-h1", forms=FORMS, adapts=True)
