@@ -27,8 +27,9 @@ from pipecompile.capture.eager import Observation, observe
 from pipecompile.capture.exporting import conversions_skipped, masks_known, quiet, told_that_it_is_not_exported
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.opaque_shapes import OpaqueShapes
+from pipecompile.capture.operations import dtype_name, input_path
 from pipecompile.capture.places import Places
-from pipecompile.capture.reader import Reader, dtype_name, input_path
+from pipecompile.capture.reader import Reader
 from pipecompile.capture.remedies import Untraceable, about_contents, complete, stopped
 from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.shadow import Shadows

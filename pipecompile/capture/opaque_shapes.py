@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture.eager import Observation
-from pipecompile.capture.reader import memory_order
+from pipecompile.capture.operations import memory_order
 from pipecompile.capture.sizes import Fixed, Labels, values
 from pipecompile.capture.structure import Tensor
 from pipecompile.ir.size import BATCH, evaluate

@@ -18,29 +18,18 @@ from torch import fx
 from pipecompile.capture import contents
 from pipecompile.capture.blocks import OPAQUE
 from pipecompile.capture.checkpoints import TAG
+from pipecompile.capture.operations import dtype_name, is_random, memory_order, rebuild_outputs
 from pipecompile.capture.repeat import repeat
 from pipecompile.capture.sizes import Fixed, Sizes, contiguous
 from pipecompile.capture.structure import Tensor, Unrenderable, leaves, merge, rebuild, tensors
 from pipecompile.capture.tracepoints import MARK, REGION, Recorder, Tracepoint
 from pipecompile.errors import CaptureError
-from pipecompile.ir import Attribute, AttributeInfo, Call, Node, Path, Ref, Spec, Value
+from pipecompile.ir import Attribute, AttributeInfo, Call, Node, Ref, Spec, Value
 
 NO_GRADIENT = ("detach", "_like", "new_", "argmax", "argsort", "bernoulli", "one_hot", "sign_bit")
 IDENTITIES = ("alias", "detach_", "to", "contiguous", "dropout", "slice")
 ATTRIBUTE = "attribute:"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The dimensions from the outermost to the innermost in memory; empty if that is their own order, or has gaps."""
-    if contiguous(shape, strides):
-        return ()
-    order = sorted(range(len(shape)), key=lambda dimension: -strides[dimension])
-    gapless = contiguous(tuple(shape[d] for d in order), tuple(strides[d] for d in order))
-    return tuple(order) if gapless else ()
+FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
 @dataclass(slots=True)
@@ -385,41 +374,3 @@ class Reader:
             replace(call, parent=position.get(call.parent, -1), keep_whole=self.whole.get(index, call.keep_whole))
             for index, call in zip(sorted(self.calls), calls)
         )
-
-
-FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-
-
-def rebuild_outputs(val: Any, refs: list[Ref]) -> Any:
-    """What stands for an operation's result: one Ref, or a list of them as long as the result."""
-    if isinstance(val, torch.Tensor):
-        return refs[0]
-    if isinstance(val, tuple | list):
-        found = iter(refs)
-        return [next(found) if isinstance(part, torch.Tensor) else part for part in val]
-    return val
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the operation draws random numbers (a dropout with probability 0 does not)."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given: dict[str, Any] = dict(zip(names, node.args)) | node.kwargs
-    for name in ("dropout_p", "dropout"):
-        if name in names:
-            return bool(given.get(name, 0.0))
-    return True
-
-
-def input_path(key_path: Any) -> Path:
-    """Our steps for a pytree key path below the batch."""
-    steps: list[tuple[str, Any]] = []
-    for key in key_path:
-        if hasattr(key, "key"):
-            steps.append(("item", key.key))
-        elif hasattr(key, "idx"):
-            steps.append(("item", key.idx))
-        else:
-            steps.append(("attr", key.name))
-    return tuple(steps)

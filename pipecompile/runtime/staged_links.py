@@ -117,14 +117,9 @@ class StagedSender(GroupSender):
 
         def start() -> list[Any]:
             copied.synchronize()
-            return self._start_all(hosts, specs)
+            return [self._start(host) for host in _carried(hosts, specs)]
 
         self._sent.append(([self._helper.give(start)], [value for _, value in pairs]))
-
-    def _start_all(self, hosts: Sequence[Value], specs: Specs) -> list[Any]:
-        return [
-            self._start(as_it_lies(host, spec)) for host, spec in zip(hosts, specs) if host is not None and host.numel()
-        ]
 
     def _wait(self, works: list[Any]) -> None:
         """The values are let go here: the group has sent the copies, so nothing reads the values any more."""
@@ -192,10 +187,7 @@ class StagedReceiver(GroupReceiver):
         slot, hosts = next(self._memory)
         if slot in self._copied:
             self._copied.pop(slot).synchronize()
-        works = [
-            self._start(as_it_lies(host, spec)) for host, spec in zip(hosts, specs) if host is not None and host.numel()
-        ]
-        self._posted.append((works, hosts))
+        self._posted.append(([self._start(host) for host in _carried(hosts, specs)], hosts))
         self._filled.append((slot, specs))
 
     def close(self) -> None:
@@ -204,6 +196,11 @@ class StagedReceiver(GroupReceiver):
 
     def warm_up(self, token: Tensor) -> None:
         self._wait([self._start(torch.zeros(1))])
+
+
+def _carried(hosts: Sequence[Value], specs: Specs) -> list[Tensor]:
+    """What a message carries, each tensor as it lies in memory."""
+    return [as_it_lies(host, spec) for host, spec in zip(hosts, specs) if host is not None and host.numel()]
 
 
 def _filled(hosts: Sequence[Value], values: Sequence[Value]) -> list[tuple[Tensor, Tensor]]:
