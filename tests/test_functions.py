@@ -9,23 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pipecompile.errors import CaptureError
+from tests.zoo.families.spiking import Fire as Spike
 from tests.zoo.harness import compiled, run
 
 WIDTH = 16
-
-
-class Spike(torch.autograd.Function):
-    """A step whose gradient only its backward knows: no operation of its forward has one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient / (1 + x.abs()) ** 2
 
 
 class Shut(torch.autograd.Function):

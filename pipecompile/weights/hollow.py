@@ -297,7 +297,7 @@ def _shapes_of(func: Any, args: Any, kwargs: Any) -> Any:
     moved = kwargs | ({"device": torch.device("meta")} if kwargs.get("device") else {})
     try:
         shapes = func(*pytree.tree_map(_to_meta, args), **pytree.tree_map(_to_meta, moved))
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise NeedsValues(f"{func} reads the values of a tensor") from error
     leaves, structure = pytree.tree_flatten(shapes)
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
