@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipecompile.build_files import build_files
 from pipecompile.capture import Loss, copied, untouched
 from pipecompile.capture.outputs import with_outputs
 from pipecompile.compare import differences, gradients, gradients_aside, worst
@@ -23,7 +24,7 @@ from pipecompile.ir import Graph, Shape, StageFormulas
 from pipecompile.machine import Machine, find_machine, parse_bytes
 from pipecompile.masters import read_dtype
 from pipecompile.opened import read_files
-from pipecompile.pipe import Pipe, build_files
+from pipecompile.pipe import Pipe
 from pipecompile.recomputing import Recompute, read_modes
 from pipecompile.runtime import from_first_rank, main_gradients_aside, split
 from pipecompile.simulate import Link

@@ -7,10 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from pipecompile.build import read_build
+from pipecompile.build_files import json_of
 from pipecompile.errors import BuildError
 from pipecompile.ir import Program
 from pipecompile.model_file import ModelFile, read_model_file
-from pipecompile.pipe import Pipe, json_of, stages_here
+from pipecompile.part import stages_here
+from pipecompile.pipe import Pipe
 from pipecompile.plan import Plan
 from pipecompile.weights.checkpoint import open_checkpoint
 from pipecompile.weights.materialise import materialise

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipecompile.build_files import build_files
 from pipecompile.capture import capture
 from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import compile_graph
@@ -14,7 +15,6 @@ from pipecompile.cost import NodeCost, estimate
 from pipecompile.ir import Graph, Shape
 from pipecompile.machine import MACHINES
 from pipecompile.passes.notes import with_notes
-from pipecompile.pipe import build_files
 from pipecompile.runtime import from_first_rank, split
 from pipecompile.simulate import Link
 from tests.models import MODELS, SAMPLES, Case

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 
+from pipecompile.build_files import build_files
 from pipecompile.capture import Loss
 from pipecompile.compare import buffers, differences, gradients, worst
 from pipecompile.compiled import Options
@@ -26,7 +27,7 @@ from pipecompile.compiler import compile_model
 from pipecompile.cost import NodeCost
 from pipecompile.ir import Graph
 from pipecompile.passes.opening import rough_work
-from pipecompile.pipe import Pipe, build_files
+from pipecompile.pipe import Pipe
 from pipecompile.runtime import split
 
 Case = tuple[nn.Module, Any, Loss | None]
