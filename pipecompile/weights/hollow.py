@@ -17,27 +17,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pipecompile.weights.operators import (
+    NeedsValues,
+    changed_in_place,
+    is_view,
+    reads_metadata_only,
+    shapes_of,
+    tensors_in,
+)
 
 SMALL_BYTES = 1 << 16
 """Smaller tensors are always real: they cost little, and initialisers look at the values of such."""
 
 RETURNED_BYTES = 1 << 24
 """After so many freed bytes the allocator is asked to return them."""
-
-aten = torch.ops.aten
-METADATA = {aten.set_, aten.resize_, aten.resize_as_}
-"""Operations in place that change what a tensor is, not what it holds."""
-RAW = {Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__dlpack__}
-"""Ways to a tensor's memory that no dispatch sees."""
-
-
-class NeedsValues(Exception):
-    """The initialiser looks at values that this rank does not have, or is not the same when it is run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +121,13 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
-        read = [] if _reads_metadata_only(func) else self._meet(given)
+        given = tensors_in((args, kwargs))
+        read = [] if reads_metadata_only(func) else self._meet(given)
         hollow = any(known.hollow for known in read)
         with self._memory(given if hollow and self._is_run(func) else []):
             result = self._run(func, args, kwargs, hollow)
-        written = self._meet(_written(func, args, kwargs))
-        made = self._meet(_tensors(result), made=True)
+        written = self._meet(changed_in_place(func, args, kwargs))
+        made = self._meet(tensors_in(result), made=True)
         for known in (*written, *made):
             known.hollow |= hollow
         self._drop(made)
@@ -141,16 +138,16 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _is_run(self, func: Any) -> bool:
         """Whether an operation on hollow tensors is run all the same: it is random, or changes no values."""
         random = torch.Tag.nondeterministic_seeded in func.tags
-        return (random and self._draw) or _is_view(func)
+        return (random and self._draw) or is_view(func)
 
     def _run(self, func: Any, args: Any, kwargs: Any, hollow: bool) -> Any:
         if not hollow or self._is_run(func):
             return func(*args, **kwargs)
-        written = _written(func, args, kwargs)
+        written = changed_in_place(func, args, kwargs)
         if written:
             returned = len(func._schema.returns)
             return None if not returned else written[0] if returned == 1 else tuple(written[:returned])
-        return _shapes_of(func, args, kwargs)
+        return shapes_of(func, args, kwargs)
 
     def _meet(self, tensors: Iterable[Tensor], made: bool = False) -> list[Known]:
         """What is known of the tensors' storages; a new one gets the next number."""
@@ -210,49 +207,6 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@contextmanager
-def truncated_normals(hollow: Hollow) -> Iterator[None]:
-    """torch's trunc_normal_ draws again until all values fit: it is run as one operation, on real memory."""
-    original = torch.nn.init._no_grad_trunc_normal_
-
-    def draw(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        target = hollow.target_of(tensor)
-        if target is not None:
-            with _disable_current_modes():
-                original(target, *args, **kwargs)
-        return tensor
-
-    torch.nn.init._no_grad_trunc_normal_ = draw
-    try:
-        yield
-    finally:
-        torch.nn.init._no_grad_trunc_normal_ = original
-
-
-class Guard(TorchFunctionMode):
-    """Refuses what would read the memory of a hollow tensor behind the dispatcher's back."""
-
-    def __init__(self, hollow: Hollow) -> None:
-        super().__init__()
-        self._hollow = hollow
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        if func in RAW and isinstance(first, Tensor) and self._hollow.is_hollow(first):
-            raise NeedsValues(f"it reads the values of a tensor {list(first.shape)} with {func.__name__}")
-        if func is Tensor.__deepcopy__ and isinstance(first, Tensor) and not isinstance(first, nn.Parameter):
-            return _copied(first, args[1])
-        return func(*args, **(kwargs or {}))
-
-
-def _copied(tensor: Tensor, memo: dict[int, Any]) -> Any:
-    """A deep copy by an operation, where torch would copy the memory."""
-    if id(tensor) not in memo:
-        copy = tensor.detach().clone(memory_format=torch.preserve_format)
-        memo[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
-    return memo[id(tensor)]
-
-
 def _storage(tensor: Tensor) -> Any:
     """The tensor's storage; None where it has none of its own that could be taken (meta, sparse)."""
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
@@ -260,51 +214,5 @@ def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
 def _numbers(known: Iterable[Known]) -> frozenset[int]:
     return frozenset(one.number for one in known)
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation changes in place."""
-    found: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += _tensors(value)
-    return found
-
-
-def _reads_metadata_only(func: Any) -> bool:
-    name = func._schema.name.rpartition("::")[2]
-    return bool(name.startswith("new_") or name.endswith("_like"))
-
-
-def _is_view(func: Any) -> bool:
-    """Whether an operation changes what a tensor is and no values."""
-    aliases = any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
-    in_place = torch.Tag.inplace_view in func.tags or func.overloadpacket in METADATA
-    return bool(aliases or in_place or func.overloadpacket is aten._unsafe_view)
-
-
-def _shapes_of(func: Any, args: Any, kwargs: Any) -> Any:
-    """Results of the right shapes without values. NeedsValues for an operation whose result is no tensor."""
-    device = next((t.device for t in _tensors((args, kwargs))), torch.device("cpu"))
-    wanted = torch.device(kwargs.get("device") or device)
-    moved = kwargs | ({"device": torch.device("meta")} if kwargs.get("device") else {})
-    try:
-        shapes = func(*pytree.tree_map(_to_meta, args), **pytree.tree_map(_to_meta, moved))
-    except RuntimeError as error:
-        raise NeedsValues(f"{func} reads the values of a tensor") from error
-    leaves, structure = pytree.tree_flatten(shapes)
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise NeedsValues(f"{func} reads the values of a tensor")
-    empty = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=wanted) for t in leaves]
-    return pytree.tree_unflatten(empty, structure)
-
-
-def _to_meta(leaf: Any) -> Any:
-    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf

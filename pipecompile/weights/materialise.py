@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from pipecompile.errors import BuildError
 from pipecompile.weights.checkpoint import Checkpoint
-from pipecompile.weights.hollow import Guard, Hollow, NeedsValues, Note, truncated_normals
+from pipecompile.weights.guard import Guard, truncated_normals
+from pipecompile.weights.hollow import Hollow, Note
 from pipecompile.weights.layout import everything, stored
+from pipecompile.weights.operators import NeedsValues
 
 Make = Callable[[], nn.Module]
 
