@@ -11,7 +11,7 @@ those that end up whole in one stage are closed again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -103,12 +103,31 @@ def _too_few(graph: Graph, costed: Costed, stages: int) -> str:
     text = f"{stages} stages asked for, but at most {count} are possible"
     largest = max(costed.members, key=len)
     changed = [b for node in graph.nodes if node.name in largest for b in node.written_buffers]
+    if not changed and (maker := _of_unknown_size(graph, largest)):
+        return (
+            f"{text}: {maker.module or 'the model itself'} makes a value whose size depends on what is in a tensor "
+            f"({maker.place}), and {len(largest)} operations that work on it must stay in its stage; keep the size "
+            "(torch.where, or multiply by the mask), or restore it soon after, as x[mask] = layer(x[mask]) does"
+        )
     if not changed:
         return f"{text}: {len(largest)} operations that change the same memory in place must stay in one stage"
     return (
         f"{text}: buffer {changed[0]!r} is changed and read by {len(largest)} of the model's parts, which must "
         "therefore stay in one stage; give each part a buffer of its own, or use fewer stages"
     )
+
+
+def _of_unknown_size(graph: Graph, members: Collection[str]) -> Node | None:
+    """The operation behind the first value of unknown size that ``members`` make; None if they make none."""
+    parts = [(node.name in members, part) for node in graph.nodes for part in (node, *node.inside) if part.place]
+    found = next((part for mine, part in parts if mine), None)
+    while found is not None:
+        reads = set(found.reads)
+        before = next((p for _, p in parts if p is not found and any(v.name in reads for v in p.outputs)), None)
+        if before is None:
+            break
+        found = before
+    return found
 
 
 def _gain(before: Split, after: Split) -> str:

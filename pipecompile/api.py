@@ -18,7 +18,7 @@ from pipecompile.capture.outputs import with_outputs
 from pipecompile.compare import differences, gradients, gradients_aside, worst
 from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import Weigh, compile_model
-from pipecompile.cost import NodeCost, estimate, measure, read_costs, stage_formulas
+from pipecompile.cost import NodeCost, estimate, existing, measure, read_costs, stage_formulas
 from pipecompile.errors import ScheduleError, VerificationError
 from pipecompile.ir import Graph, Shape, StageFormulas
 from pipecompile.machine import Machine, find_machine, parse_bytes
@@ -120,7 +120,8 @@ def _price(
         return lambda graph: measure(graph, model, microbatch, progress=progress)
     if costs == "estimate":
         return lambda graph: estimate(graph, machine)
-    return lambda graph: read_costs(costs, graph)
+    file = existing(costs)
+    return lambda graph: read_costs(file, graph)
 
 
 def _weigh(costs: str | Path, model: nn.Module, microbatch: Any) -> Weigh | None:
@@ -150,6 +151,11 @@ def _check(compiled: Compiled, model: nn.Module, microbatch: Any, loss: Loss | N
     bad = worst(found)
     if bad.ok:
         return ""
+    if not expected_value.isfinite():
+        raise VerificationError(
+            f"the unsplit model's own loss of the first microbatch is {expected_value.item()}, so that nothing can be "
+            "compared; give a batch whose microbatches have finite losses, or leave the check out (check=False, --no-check)"
+        )
     name = "the loss" if bad.name == "the gradient of " else bad.name
     raise VerificationError(
         f"{name} differs from the unsplit model's by {bad.error:.1e} (relative; allowed {bad.allowed:.0e}) on one "

@@ -58,7 +58,7 @@ def compile(model: nn.Module | None = None, **options: Any) -> pipecompile.Pipe:
         ({"memory": 200}, MemoryLimitError, "640 bytes for each rank would do, 440 more than its 200, and less would not; give more memory, use more ranks"),
         ({"memory": "80XB"}, CostError, "'80XB' is not a number of bytes; expected .* for example 80GiB"),
         ({"opaque": ("foo.*",)}, CaptureError, "opaque='foo.*' names no module of Sequential; modules are 0, 1, 2"),
-        ({"costs": "nofile.json"}, CostError, "cost file 'nofile.json' cannot be read"),
+        ({"costs": "mesure"}, CostError, "no cost file .mesure.; costs are .measure., .estimate., or a JSON file"),
         ({"machine": "foo"}, CostError, "no machine 'foo'; expected one of cpu, .*h100"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile.capture import capture
-from pipecompile.errors import CaptureError
+from pipecompile.errors import CaptureError, PartitionError, VerificationError
 from tests.zoo.harness import run
 
 Batch = dict[str, Tensor]
@@ -87,3 +88,61 @@ class Explains(Net):
 def test_of_a_long_error_the_first_line_is_told() -> None:
     with pytest.raises(CaptureError, match=r"line \d+: raise .*: ValueError: the reason; make loss"):
         capture(Explains(), (torch.randn(2, 4, 8),))
+
+
+class Dropping(Net):
+    """Rows that a mask leaves out are never put back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[x[:, 0, 0] > -1]
+        return super().forward(x)
+
+
+class Zeroing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.where((x[:, 0, 0] > -1)[:, None, None], x, 0))
+
+
+def test_rows_that_are_dropped_for_good_are_told_by_line_and_the_remedy_helps() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"]).square().mean()
+
+    with pytest.raises(
+        PartitionError,
+        match=rf"at most 1 are possible: the model itself .*size depends .*{__file__}, line \d+: x = x\[x.*torch.where",
+    ):
+        run("dropping", (Dropping(), batch(), loss), 4, 4, "1f1b")
+    row = run("zeroing", (Zeroing(), batch(), loss), 4, 4, "1f1b")
+    assert row.ok, row
+
+
+class Scattered(nn.Module):
+    """What a mask chooses is put back in place, so that its backward chooses again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x.clone()
+        found[x.sum(-1) > 0] = self.inner(x[x.sum(-1) > 0])
+        return found
+
+
+def scattered(model: nn.Module, batch: Batch) -> Tensor:
+    return model(model.rows(batch["x"])).square().mean()
+
+
+def test_costs_of_a_masked_assignment_can_be_estimated() -> None:
+    model = Net()
+    model.rows = Scattered()
+    pipe = pipecompile.compile(model, batch(), stages=3, microbatches=4, costs="estimate", loss=scattered)
+    assert torch.allclose(pipe.step(batch()), pipe.reference(copy.deepcopy(model), batch()))
+
+
+def test_a_loss_that_is_not_a_number_is_told_as_the_models_own() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"])[batch["labels"] > 9].mean()
+
+    with pytest.raises(VerificationError, match="unsplit model's own loss of the first microbatch is nan"):
+        pipecompile.compile(Net(), batch(), stages=2, microbatches=4, costs="estimate", loss=loss)

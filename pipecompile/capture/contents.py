@@ -6,6 +6,7 @@ A value of such a size stays in the stage that makes it. torch's tracing knows t
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipecompile.ir import AtMost
 LARGEST = 1 << 30
 CHECKS = ("aten._assert", "aten.sym_constrain", "aten.sym_size")
 OURS = str(Path(__file__).parent)
+TORCH = str(Path(torch.__file__).parent)
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -35,13 +37,24 @@ def is_symbolic(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), SYMBOLIC)
 
 
-def refuse(node: torch.fx.Node, fqn: str) -> Untraceable:
+def place(node: torch.fx.Node) -> str:
+    """The user's file and line behind a node of a trace; empty where torch has not kept it."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    frames = [f"{at.strip()}: {code.strip()}" for at, code in zip(lines[::2], lines[1::2]) if OURS not in at]
-    place = f" ({frames[-1]})" if frames else " of the loss function"
+    frames = [f"{at.strip()}: {code.strip()}" for at, code in zip(lines[::2], lines[1::2]) if not _outside(at)]
+    return re.sub(r'^File "(.*?)", (line \d+), in [^:]*', r"\1, \2", frames[-1]) if frames else ""
+
+
+def _outside(frame: str) -> bool:
+    """Whether a line of a traceback is not of the user's code."""
+    return any(f'File "{folder}' in frame for folder in (OURS, TORCH))
+
+
+def refuse(node: torch.fx.Node, fqn: str) -> Untraceable:
+    found = place(node)
+    where = f" ({found})" if found else " of the loss function"
     return Untraceable(
         fqn,
-        f": an operation is given a size that depends on what is in a tensor{place}; let it work on the tensor itself, or",
+        f": an operation is given a size that depends on what is in a tensor{where}; let it work on the tensor itself, or",
     )
 
 

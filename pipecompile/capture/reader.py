@@ -187,6 +187,7 @@ class Reader:
                 module=self.recorder.calls[self.stack[-1]].fqn if self.stack else "",
                 random=is_random(node),
                 position=len(self.nodes),
+                place="" if all(value.spec.known for value in outputs) else contents.place(node),
             )
         )
         return result

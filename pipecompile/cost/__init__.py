@@ -4,9 +4,19 @@ Graph ──measure | estimate | read_costs──▶ {node: NodeCost} ──cost
 """
 
 from pipecompile.cost.estimate import estimate
-from pipecompile.cost.file import read_costs
+from pipecompile.cost.file import existing, read_costs
 from pipecompile.cost.formulas import stage_formulas
 from pipecompile.cost.graph import Costed, NodeCost, cost_graph, owned_reads
 from pipecompile.cost.measure import measure
 
-__all__ = ["Costed", "NodeCost", "cost_graph", "estimate", "measure", "owned_reads", "read_costs", "stage_formulas"]
+__all__ = [
+    "Costed",
+    "NodeCost",
+    "cost_graph",
+    "estimate",
+    "existing",
+    "measure",
+    "owned_reads",
+    "read_costs",
+    "stage_formulas",
+]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map
 
@@ -101,7 +102,8 @@ def _backward(made: Sequence[Tensor], towards: Sequence[Tensor], counter: Roofli
         return ()
     gradients = [torch.ones_like(tensor) for tensor in made]
     before = len(counter.kernels)
-    with counter:
+    everything = _config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]  # at most, of a mask
+    with counter, everything:
         torch.autograd.grad(made, towards, gradients, retain_graph=True, allow_unused=True)
     return tuple(counter.kernels[before:])
 

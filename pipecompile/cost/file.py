@@ -31,6 +31,15 @@ FIELDS = ("fwd", "bwd", "weight", "saved_bytes")
 NOTHING = NodeCost(0.0, 0.0)
 
 
+def existing(path: str | Path) -> str | Path:
+    """The path of a cost file; CostError where there is none, or a misspelt word."""
+    if not Path(path).is_file():
+        raise CostError(
+            f"there is no cost file {str(path)!r}; costs are 'measure', 'estimate', or a JSON file of costs"
+        )
+    return path
+
+
 def read_costs(path: str | Path, graph: Graph) -> dict[str, NodeCost]:
     """The cost of each node of ``graph`` that is not replicated, from a cost file; CostError where there is none."""
     entries, default = _read(path)

@@ -82,6 +82,7 @@ class Node:
     ``context`` are the regions (autocast, no_grad) around it, outermost first, as Python expressions. ``module`` is the
     FQN of the module whose forward it belongs to, ``position`` its (first) operation's place in the trace; ``inside`` are
     a call's own operations. ``stream`` is the random stream that it starts to draw from, -1 if it draws none or goes on.
+    ``place`` is the user's line, where it makes a value of unknown size.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Node:
     position: int = 0
     stream: int = -1
     inside: tuple[Node, ...] = ()
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
