@@ -45,6 +45,12 @@ class Operand:
         return self.dtype == "bool" or "int" in self.dtype
 
 
+Given = Mapping[str, Any]
+"""An operation's arguments by name, tensors as Operands."""
+Rule = Callable[[str, Given, tuple[int, ...], int], State]
+"""The state of a result by the operation's name, its arguments, the result's shape and the number of samples."""
+
+
 def arguments(node: Node, operand: Callable[[Any], Any]) -> dict[str, Any]:
     """The operation's arguments by name, tensors as Operands."""
 
@@ -85,3 +91,19 @@ def merged(one: State, other: State) -> State:
     if one.kind == other.kind == "samples":
         return one if one.dim == other.dim else COUPLED
     return one if other.kind == "free" else other
+
+
+def first(given: Given) -> Operand:
+    """The first tensor that holds samples."""
+    return next(one for one in operands(given) if one.state.kind == "samples")
+
+
+def same_place(name: str, given: Given, shape: tuple[int, ...], count: int) -> State:
+    one = first(given)
+    dim = one.state.dim
+    if dim < len(shape) and shape[dim] == one.shape[dim]:
+        return one.state
+    if not shape:
+        return State("total")
+    place = next((d for d, size in enumerate(shape) if size % count == 0), None)
+    return State("total") if place is None else samples(place, max(shape[place] // count, 1))

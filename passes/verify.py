@@ -6,12 +6,10 @@
    backward there; the gradients of each stage, or of none, summed over the replicas once, after its last backward. Where
    weights are updated inside the step, the rules of ``updates.py``.
 2. On each channel (source rank, target rank, direction) the order of sends is the order of receives.
-3. No ring of ranks that wait for each other under the weakest transport: a run of consecutive messages starts as one
-   and ends when the other end of each of its messages has started; a gradient sum, or an update of a shared parameter,
-   ends when all its ranks have started.
+3. No ring of ranks that wait for each other (``waits.py``).
 4. No rank ever holds more memory than its limit (``memory.py`` says what counts).
 
-O(instructions).
+O(instructions), for each shared parameter once more.
 """
 
 from __future__ import annotations
@@ -24,9 +22,8 @@ from pipecompile.ir import COMPUTE, RECEIVES, SENDS, SUMS, Instruction, Partitio
 from pipecompile.ir.versions import updates
 from pipecompile.memory import ADAM, memory_over_time, standing_bytes
 from pipecompile.passes.updates import wrong_updates
+from pipecompile.passes.waits import MESSAGES, stuck
 
-MESSAGES = (*SENDS, *RECEIVES)
-COLLECTIVE = ("REDUCE_GRAD", "UPDATE")
 Places = dict[tuple[str, int, int, int], tuple[int, int]]
 """Where an instruction stands, (rank, position), by (op, stage, microbatch, peer)."""
 
@@ -256,69 +253,8 @@ def _check_channels(program: Program) -> None:
                 )
 
 
-def _batches(row: Sequence[Instruction]) -> list[tuple[int, ...]]:
-    """Positions of a row that act as one: runs of messages; a gradient sum alone.
-
-    Computations never wait; a sum over replicas only starts here, and may do so within a run.
-    """
-    batches: list[tuple[int, ...]] = []
-    run = False
-    for position, one in enumerate(row):
-        if one.op in MESSAGES:
-            if run:
-                batches[-1] = (*batches[-1], position)
-            else:
-                batches.append((position,))
-        elif one.op in COLLECTIVE:
-            batches.append((position,))
-        if one.op != "REDUCE_REPLICAS":
-            run = one.op in MESSAGES
-    return batches
-
-
-def _other_ends(one: Instruction, rank: int, placement: Sequence[int]) -> list[tuple[object, ...]]:
-    """What must have started before ``one`` is over, by (rank, what)."""
-    if one.op in COLLECTIVE:
-        return [(placement[peer], one.op, one.values, one.version) for peer in one.peers]
-    other = {"SEND": "RECV", "RECV": "SEND"}[one.op[:4]] + one.op[4:]
-    return [(placement[one.peer], other, one.peer, one.microbatch, one.stage)]
-
-
-def _own_end(one: Instruction, rank: int) -> tuple[object, ...]:
-    if one.op in COLLECTIVE:
-        return (rank, one.op, one.values, one.version)
-    return (rank, one.op, one.stage, one.microbatch, one.peer)
-
-
 def _check_waits(program: Program) -> None:
-    """Run the batches of all ranks against each other until all are over, or none can end."""
-    placement = program.shape.placement
-    batches = [_batches(row) for row in program.rows]
-    at = [0] * len(batches)
-    begun = [-1] * len(batches)
-    started: set[tuple[object, ...]] = set()
-    moved = True
-    while moved:
-        moved = False
-        for rank, row in enumerate(program.rows):
-            while at[rank] < len(batches[rank]):
-                batch = [row[position] for position in batches[rank][at[rank]]]
-                if begun[rank] < at[rank]:
-                    begun[rank] = at[rank]
-                    started.update(_own_end(one, rank) for one in batch)
-                    moved = True
-                if any(end not in started for one in batch for end in _other_ends(one, rank, placement)):
-                    break
-                at[rank] += 1
-                moved = True
-    waiting = []
-    for rank, row in enumerate(program.rows):
-        if at[rank] < len(batches[rank]):
-            for position in batches[rank][at[rank]]:
-                if any(end not in started for end in _other_ends(row[position], rank, placement)):
-                    waiting.append((rank, position))
-                    break
-    if waiting:
+    if waiting := stuck(program):
         others = ", ".join(f"rank {rank} in {_at(program, (rank, position))}" for rank, position in waiting[1:])
         raise _fault(program, waiting[0], f"it waits for ever, as does {others}; move one of them")
 
