@@ -61,7 +61,7 @@ def total(copies: Iterable[Tensor]) -> Tensor | None:
     return sum(gradients[1:], gradients[0]) if gradients else None
 
 
-def share(copies: list[Tensor], whole: Tensor | None) -> None:
+def share(copies: Iterable[Tensor], whole: Tensor | None) -> None:
     """Give every copy the same gradient, each its own tensor; None to all if there is none."""
     with torch.no_grad():
         for index, copy in enumerate(copies):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipecompile.errors import PeerFault, ProgramError, RuntimeFault
+from pipecompile.errors import PeerFault, RuntimeFault
 from pipecompile.ir import Instruction, Program, Spec, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
@@ -23,23 +23,22 @@ from pipecompile.runtime.device_progress import DeviceWatch, waiting_places
 from pipecompile.runtime.ends import Ends
 from pipecompile.runtime.executor import Executor, Ran, Step, timed, told
 from pipecompile.runtime.faults import check_in
-from pipecompile.runtime.gradients import Apart, share, shared_parameters, total
+from pipecompile.runtime.gradients import Apart, shared_parameters
 from pipecompile.runtime.heap import keep_freed_memory
 from pipecompile.runtime.links import broken, late, wait_for
-from pipecompile.runtime.main_gradients import no_gradient
 from pipecompile.runtime.marks import BEGINNING, OUTSIDE, PLACE, SUMMING, WAITS
 from pipecompile.runtime.messages import Plans, by_index
 from pipecompile.runtime.microbatches import split
-from pipecompile.runtime.replicas import ReplicaSums, World, groups_of, start_equal, world_of
+from pipecompile.runtime.replicas import ReplicaSums, groups_of, start_equal, trains, world_of
 from pipecompile.runtime.sentry import Sentry
+from pipecompile.runtime.shared_sums import SharedSums
 from pipecompile.runtime.sigterm import outlive_sigterm
 from pipecompile.runtime.sizes import MOST, StepSizes, StepSizesOf, plans_at
 from pipecompile.runtime.stream_channels import StreamChannels
 from pipecompile.runtime.stream_links import check_queues, leave
 from pipecompile.runtime.versions import Versions
-from pipecompile.runtime.wiring import Reduce, wire
+from pipecompile.runtime.wiring import wire
 
-SHARING = "the ranks that share a parameter"
 _made = itertools.count()
 """Runtimes of this process: all ranks make theirs in the same order, so the count names them in the store."""
 
@@ -92,10 +91,11 @@ class RankRuntime:
         self._limit = None if ends.on_device else self._timeout
         channels = StreamChannels if ends.on_device else Channels
         self._channels = channels(program, rank, found, self._device, meeting, self._totals, ends)
-        self._reducing = _reduce_groups(program, world, self._timeout)
+        shared = shared_parameters(stages, found)
+        self._shared_sums = SharedSums(program, world, shared, self._device, self._timeout, self._wait)
         self._everyone, self._replicas = groups_of(world, self._device, self._timeout)
         if ends.on_device:
-            check_queues(len(self._channels) + len(self._reducing) + 1 + (self._replicas is not None))
+            check_queues(len(self._channels) + len(self._shared_sums) + 1 + (self._replicas is not None))
         self._failing = threading.Lock()
         self._watch = self._watched(ends, program.rows[rank], timeout_s)
         self._sizes_of = StepSizesOf(inputs)
@@ -108,24 +108,21 @@ class RankRuntime:
 
         self._wired = lru_cache(MOST)(wired)
         self._sizes: StepSizes = (self._sizes_of.compiled,) * self._microbatches
-        self._shared = shared_parameters(stages, found)
         elsewhere = {name for one in program.rows[rank] if one.op == "REDUCE_GRAD" for name in one.values}
-        tied = [p for name, copies in self._shared.items() if name in elsewhere for p in copies]
-        self._sums_over_replicas = ReplicaSums(self._replicas, stages, program.rows[rank], tied, self._wait)
+        tied = [p for name, copies in shared.items() if name in elsewhere for p in copies]
+        self._replica_sums = ReplicaSums(self._replicas, stages, program.rows[rank], tied, self._wait)
         reduce: dict[str, Callable[[Any], None]] = {
-            "REDUCE_GRAD": self._reduce,
-            "REDUCE_REPLICAS": self._sums_over_replicas.start,
+            "REDUCE_GRAD": self._shared_sums.start,
+            "REDUCE_REPLICAS": self._replica_sums.start,
         }
         self._executor = Executor(row, self._channels, reduce, self._microbatches * world.replicas, not weight)
         everything = [list(stage.parameters()) for stage in stages.values()]
-        self._versions = Versions(program, stages, found, self._sum_now) if updates(program.rows) else None
+        self._versions = Versions(program, stages, found, self._shared_sums.now) if updates(program.rows) else None
         if self._versions is not None:
             self._executor.steps = self._versions.steps(self._executor)
-        several = everything if weight or self._versions is not None or world.replicas > 1 else self._shared.values()
+        several = everything if weight or self._versions is not None or world.replicas > 1 else shared.values()
         self._apart = Apart(p for parameters in several for p in parameters)
-        self._sums: list[tuple[Any, list[Tensor], Tensor]] = []
-        self._there: list[tuple[Any, list[list[Tensor]], Tensor]] = []
-        if world.replicas > 1 and _trains(program):
+        if world.replicas > 1 and trains(program):
             start_equal(self._replicas, stages, self._timeout)
 
     def before_forward(self, hook: Callable[[int], None]) -> None:
@@ -230,15 +227,8 @@ class RankRuntime:
             raise RuntimeFault(f"this runtime has failed before ({self._failed}); start the processes again")
 
     def _finish(self) -> Tensor:
-        for work, copies, gradient in self._sums:
-            self._wait(work, SHARING)
-            share(copies, gradient)
-        for work, several, counts in self._there:
-            self._wait(work, SHARING, on_host=True)
-            for copies in (copies for copies, count in zip(several, counts.tolist()) if not count):
-                share(copies, None)
-        self._sums, self._there = [], []
-        self._sums_over_replicas.finish()
+        self._shared_sums.finish()
+        self._replica_sums.finish()
         loss, weight = self._executor.losses, self._executor.weights
         values = [self._tell(index, mine) for index, (mine, _) in enumerate(zip((loss, weight), self._totals))]
         self._sentry.words[WAITS] = 1
@@ -267,23 +257,6 @@ class RankRuntime:
         wait_for(work, self._timeout if on_host else self._limit, whom)
         self._sentry.words[WAITS] = self._on_device
 
-    def _reduce(self, op: Reduce) -> None:
-        """Start the sums, and those of how many ranks have a gradient; they are awaited at the end of the step."""
-        several = [copies for canonical in op.values if (copies := self._shared.get(canonical))]
-        if not several:
-            return
-        group, found = self._reducing[op.ranks], [total(copies) for copies in several]
-        for copies, mine in zip(several, found):
-            gradient = no_gradient(copies[0]) if mine is None else mine.contiguous()
-            self._sums.append((dist.all_reduce(gradient, group=group, async_op=True), copies, gradient))
-        there = torch.tensor([mine is not None for mine in found], dtype=torch.float32, device=self._device)
-        self._there.append((dist.all_reduce(there, group=group, async_op=True), several, there))
-
-    def _sum_now(self, gradient: Tensor, ranks: tuple[int, ...]) -> None:
-        """Add what the other ranks have, and wait for it."""
-        work = dist.all_reduce(gradient, group=self._reducing[ranks], async_op=True)
-        self._wait(work, SHARING)
-
     def _fail(self, error: Exception) -> RuntimeFault:
         """The failure of this runtime: that of ``error``, unless it has failed before."""
         with self._failing:
@@ -295,42 +268,19 @@ class RankRuntime:
         """Make the first cause known, or hear of it, and let go of everyone who waits for this rank."""
         mine = f"{self._sentry.place()}: {told(error)}"
         self._failed, ours = self._sentry.first(mine, error)
-        self._sums, self._there = [], []
-        self._sums_over_replicas.abandon()
+        self._replica_sums.abandon()
         self._apart.abandon()
         self._channels.close()
-        for group in (*self._reducing.values(), self._everyone, self._replicas):
+        self._shared_sums.leave(self._on_device)
+        for group in (self._everyone, self._replicas):
             if group is not None:
                 leave(group, self._on_device)
-        self._reducing, self._everyone, self._replicas = {}, None, None
+        self._everyone, self._replicas = None, None
         failure = RuntimeFault(self._failed)
         if not ours:
             failure.add_note(f"that ended {self._sentry.who} too: {mine}")
         self._sentry.leave()
         return failure
-
-
-def _trains(program: Program) -> bool:
-    """Whether the program makes gradients; ProgramError if replicas would not sum them."""
-    ops = {one.op for row in program.rows for one in row}
-    if not ops & {"BACKWARD", "BACKWARD_WEIGHT"}:
-        return False
-    if "REDUCE_REPLICAS" not in ops:
-        raise ProgramError("the program sums no gradients over replicas; make it with passes.replicas.for_replicas")
-    return True
-
-
-def _reduce_groups(program: Program, world: World, timeout: timedelta) -> dict[tuple[int, ...], Any]:
-    """A group for each set of ranks that sums a gradient, over all replicas, made in one order; this rank's are given."""
-    placement = program.shape.placement
-    sets = {
-        tuple(sorted({placement[one.stage], *(placement[peer] for peer in one.peers)}))
-        for row in program.rows
-        for one in row
-        if one.op in ("REDUCE_GRAD", "UPDATE") and one.peers
-    }
-    groups = {ranks: dist.new_group(world.processes_of(ranks), timeout=timeout) for ranks in sorted(sets)}
-    return {ranks: group for ranks, group in groups.items() if world.rank in ranks}
 
 
 def _maker(program: Program, plans: Plans, name: str) -> tuple[int, Spec]:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from pipecompile.errors import RuntimeFault
-from pipecompile.ir import Instruction
+from pipecompile.errors import ProgramError, RuntimeFault
+from pipecompile.ir import Instruction, Program
 from pipecompile.runtime.links import wait_for
 from pipecompile.runtime.main_gradients import gradient, gradient_dtype, no_gradient, set_gradient
 
@@ -74,6 +74,16 @@ def groups_of(world: World, device: torch.device, timeout: timedelta) -> tuple[A
     return mesh.get_group("pipeline"), mesh.get_group("replica")
 
 
+def trains(program: Program) -> bool:
+    """Whether the program makes gradients; ProgramError if replicas would not sum them."""
+    ops = {one.op for row in program.rows for one in row}
+    if not ops & {"BACKWARD", "BACKWARD_WEIGHT"}:
+        return False
+    if "REDUCE_REPLICAS" not in ops:
+        raise ProgramError("the program sums no gradients over replicas; make it with passes.replicas.for_replicas")
+    return True
+
+
 class ReplicaSums:
     """The gradients of this process's ``stages``, each summed when its REDUCE_REPLICAS in ``row`` comes.
 
@@ -121,11 +131,13 @@ def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Runs of parameters with gradients of one dtype, at most ``BUCKET_BYTES`` each unless it is one parameter."""
     for dtype in dict.fromkeys(map(gradient_dtype, parameters)):
         bucket: list[Tensor] = []
+        size = 0
         for p in (p for p in parameters if gradient_dtype(p) == dtype):
-            if bucket and sum(b.nbytes for b in bucket) + p.nbytes > BUCKET_BYTES:
+            if bucket and size + p.nbytes > BUCKET_BYTES:
                 yield bucket
-                bucket = []
+                bucket, size = [], 0
             bucket.append(p)
+            size += p.nbytes
         yield bucket
 
 
