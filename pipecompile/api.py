@@ -6,6 +6,7 @@ import functools
 import json
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipecompile.masters import read_dtype
 from pipecompile.opened import read_files
 from pipecompile.pipe import Pipe
 from pipecompile.recomputing import Recompute, read_modes
+from pipecompile.rehearsing import Rehearsal
 from pipecompile.runtime import from_first_rank, main_gradients_aside, split
 from pipecompile.simulate import Link
 from pipecompile.weighing import weigh
@@ -94,7 +96,9 @@ def compile(
         microbatch = copied(split(batch, microbatches)[0])
         price = _price(costs, model, microbatch, device, progress)
         traced = with_outputs(loss) if outputs else loss
-        compiled = compile_model(model, microbatch, traced, price, options, _weigh(costs, model, microbatch))
+        compiled = compile_model(
+            model, microbatch, traced, price, options, _weigh(costs, model, microbatch, device, options.memory)
+        )
         note = _check(compiled, model, microbatch, loss) if check else "not checked against the unsplit model"
         plan = compiled.plan(source or {}, note, _formulas(compiled, device))
         return json.dumps(build_files(plan, compiled.program, compiled.sources))
@@ -124,12 +128,24 @@ def _price(
     return lambda graph: read_costs(file, graph)
 
 
-def _weigh(costs: str | Path, model: nn.Module, microbatch: Any) -> Weigh | None:
-    if costs != "measure":
-        return None
-    return lambda parts, plans, sources: weigh(
-        model, microbatch, parts.partition, plans, sources, parts.graph.loss, parts.graph.weight
-    )
+def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machine, memory: int | None) -> Weigh | None:
+    """What tells the memory that a step takes: stages that run, or are rehearsed where costs were not measured; the cut's
+    own count where there is a limit to keep, which knows no more.
+    """
+    if costs == "measure":
+        return lambda parts, bodies, sources: replace(
+            parts,
+            partition=weigh(
+                model,
+                microbatch,
+                parts.partition,
+                [body.plan for body in bodies],
+                sources,
+                parts.graph.loss,
+                parts.graph.weight,
+            ),
+        )
+    return Rehearsal(model, microbatch, machine) if memory is None else None
 
 
 def _check(compiled: Compiled, model: nn.Module, microbatch: Any, loss: Loss | None) -> str:

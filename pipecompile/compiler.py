@@ -12,9 +12,9 @@ from pipecompile.capture import Loss, capture
 from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import NodeCost
 from pipecompile.cutting import Cutter, less_memory, with_shorter_step
-from pipecompile.ir import Graph, Partition, Shape, StagePlan
+from pipecompile.ir import Graph, Shape
 from pipecompile.masters import with_masters
-from pipecompile.passes.assemble import assemble
+from pipecompile.passes.assemble import StageBody, assemble
 from pipecompile.passes.codegen import codegen
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.notes import with_notes
@@ -25,7 +25,7 @@ from pipecompile.recomputing import costing, or_advice, recomputed_calls, with_c
 from pipecompile.simulate import simulate
 
 Price = Callable[[Graph], Mapping[str, NodeCost]]
-Weigh = Callable[[Split, Sequence[StagePlan], Sequence[str]], Partition]
+Weigh = Callable[[Split, tuple[StageBody, ...], Sequence[str]], Split]
 
 
 def compile_model(
@@ -58,7 +58,7 @@ def compile_graph(
         bodies = assemble(parts.graph, parts.stage_of, options.stages, options.recompute, again)
         sources = codegen(parts.graph, bodies, parts.partition.costs)
         if weigh is not None:
-            parts = replace(parts, partition=weigh(parts, [body.plan for body in bodies], sources))
+            parts = weigh(parts, bodies, sources)
 
         program = communicate(cutter.timetable(parts.partition), parts.partition)
         program = verify(program, parts.partition)

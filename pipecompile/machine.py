@@ -25,7 +25,7 @@ class Machine:
 
     ``flops`` are peak FLOP/s by dtype name, without sparsity; ``bandwidth`` is that of the device memory in bytes/s;
     ``memory`` in bytes; ``link_bandwidth`` in bytes/s from one device to another, one direction; ``launch_us`` is the
-    least time of any operation. Big matrix products reach ``flops_achieved`` of the peak, copies ``bandwidth_achieved``.
+    least time of any operation; ``device`` is torch's name of its kind, whose kernels decide what a backward keeps. Big matrix products reach ``flops_achieved`` of the peak, copies ``bandwidth_achieved``.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Machine:
     launch_us: float = 5.0
     flops_achieved: float = 0.6
     bandwidth_achieved: float = 0.8
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         if not isinstance(self.flops, Mapping) or "float32" not in self.flops:
@@ -77,7 +78,9 @@ def _is_number(value: object) -> bool:
 
 _NAMED = (
     # One core of a current x86 server: 2 FMA units x 8 float32 x 2 at 3 GHz; links are gloo over loopback.
-    Machine("cpu", {"float32": 96e9, "float64": 48e9, "bfloat16": 96e9}, 12e9, 16 * 1024**3, 2e9, 100.0, 8.0),
+    Machine(
+        "cpu", {"float32": 96e9, "float64": 48e9, "bfloat16": 96e9}, 12e9, 16 * 1024**3, 2e9, 100.0, 8.0, device="cpu"
+    ),
     # NVIDIA V100 data sheet (SXM2): NVLink 2, 300 GB/s both ways.
     Machine("v100-32gb", {"float64": 7.8e12, "float32": 15.7e12, "float16": 125e12}, 900e9, 32 * 1024**3, 150e9, 10.0),
     # NVIDIA A100 data sheet (SXM): NVLink 3, 600 GB/s both ways. float32 without TF32, as torch computes by default.

@@ -43,9 +43,9 @@ def cost_ms(instruction: Instruction, costs: Sequence[StageCost]) -> float:
     An update takes no time here: what an optimizer needs is no cost of a stage.
     """
     cost = costs[instruction.stage]
-    seen = [use.ms for use in cost.uses if use.op == instruction.op and use.first == (instruction.microbatch == 0)]
-    if seen:
-        return seen[0]
+    for use in cost.uses:
+        if use.ms is not None and use.op == instruction.op and use.first == (instruction.microbatch == 0):
+            return use.ms
     return {
         "UPDATE": 0.0,
         "FORWARD": cost.forward_ms,
@@ -58,7 +58,7 @@ def cost_ms(instruction: Instruction, costs: Sequence[StageCost]) -> float:
 def copy_ms(send: Instruction, costs: Sequence[StageCost]) -> float:
     """Milliseconds that each end of a message is busy with copying it, if that was seen."""
     uses = costs[send.stage].uses
-    return next((use.ms for use in uses if (use.op, use.peer, use.first) == (send.op, send.peer, False)), 0.0)
+    return next((use.ms or 0.0 for use in uses if (use.op, use.peer, use.first) == (send.op, send.peer, False)), 0.0)
 
 
 def needs(instruction: Instruction, routes: Routes) -> tuple[tuple[Key, int], ...]:

@@ -48,11 +48,15 @@ class Copies(Mailboxes):
 
 @dataclass
 class Scale:
-    """The stages' own gradients, and what was noted of each kind of instruction: ``times`` are where it began and ended."""
+    """The stages' own gradients, and what was noted of each kind of instruction: ``times`` are where it began and ended.
+
+    ``copies``: a send copies what it carries.
+    """
 
     stages: Mapping[int, nn.Module]
     watch: Stopwatch
     split: bool
+    copies: bool = True
     meter: Meter | None = None
     times: dict[Kind, list[tuple[Any, Any]]] = field(default_factory=dict)
     bytes: dict[Kind, tuple[int, int]] = field(default_factory=dict)
@@ -75,13 +79,19 @@ class Scale:
         yield
         self.times.setdefault(kind, []).append((begin, self.watch.mark()))
         if self.meter:
-            copied = sum(spec.bytes for spec in step.operand.message.specs) if one.op in SENDS else 0
+            copied = sum(spec.bytes for spec in step.operand.message.specs) if one.op in SENDS and self.copies else 0
             self.bytes[kind] = (self.meter.live - before - copied, self.meter.peak - before - copied)
         for p in mine:
             self.gradients[one.stage, id(p)], p.grad = p.grad, None
 
     def median_ms(self, kind: Kind) -> float:
         return statistics.median(self.watch.between(begin, end) for begin, end in self.times[kind])
+
+    def uses(self) -> Iterator[tuple[Kind, Use]]:
+        """The bytes of each kind of instruction, without times."""
+        for kind, (after, peak) in self.bytes.items():
+            _, op, first, peer = kind
+            yield kind, Use(op, after, peak, None, first, peer)
 
 
 def weigh(
@@ -100,25 +110,33 @@ def weigh(
     """
     stages = {plan.index: make_stage(source, model, plan) for plan, source in zip(plans, sources)}
     device = device_of(model, microbatch)
-    uses: dict[int, list[Use]] = {s: _standing(stage, microbatch) for s, stage in stages.items()}
+    uses = [standing(stages[s], microbatch, device.type == "cuda") for s in range(partition.stages)]
     with gradients_aside(model), untouched(model):
-        for split, program in enumerate(_programs(partition)):
+        for split, program in enumerate(programs(partition)):
             runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies())
             scale, microbatches = Scale(stages, Stopwatch.of(device), bool(split)), [microbatch] * MICROBATCHES
             if device.type == "cuda" and not split:
                 kept = Use("LIBRARIES", _kept_by_libraries(runtime, scale, microbatches, device))
-                uses = {s: [*some, kept] for s, some in uses.items()}
+                for found in uses:
+                    found.append(kept)
             for s, use in _observe(runtime, scale, microbatches, budget_s, meter_of(device)):
-                uses[s] += [use] if not any(_same(use, other) for other in uses[s]) else []
-    costs = [replace(cost, uses=tuple(uses[s])) for s, cost in enumerate(partition.costs)]
-    return replace(partition, costs=tuple(costs))
+                add_use(uses[s], use)
+    return with_uses(partition, uses)
 
 
-def _same(one: Use, other: Use) -> bool:
-    return (one.op, one.first, one.peer) == (other.op, other.first, other.peer)
+def add_use(uses: list[Use], use: Use) -> None:
+    """Add what an instruction takes, unless one like it was seen before."""
+    if not any((use.op, use.first, use.peer) == (other.op, other.first, other.peer) for other in uses):
+        uses.append(use)
 
 
-def _programs(partition: Partition) -> Iterator[Program]:
+def with_uses(partition: Partition, uses: Sequence[Sequence[Use]]) -> Partition:
+    """The partition with what each stage's instructions take."""
+    costs = tuple(replace(cost, uses=tuple(found)) for cost, found in zip(partition.costs, uses, strict=True))
+    return replace(partition, costs=costs)
+
+
+def programs(partition: Partition) -> Iterator[Program]:
     """Two microbatches, each stage on a rank of its own, with whole backwards and with split ones."""
     count = partition.stages
     timetable = make_timetable("1f1b", Shape(count, count, MICROBATCHES))
@@ -156,17 +174,18 @@ def _observe(
         clock.gradients.clear()
         runtime.run(microbatches, clock.around)
         runs += 1
-    for kind, (after, peak) in counted.bytes.items():
-        stage, op, first, peer = kind
-        yield stage, Use(op, after, peak, clock.median_ms(kind), first, peer)
+    for kind, use in counted.uses():
+        yield kind[0], replace(use, ms=clock.median_ms(kind))
 
 
-def _standing(stage: nn.Module, microbatch: Any) -> list[Use]:
-    """What a stage always holds, what an optimizer takes while it steps, and a microbatch."""
-    parameters = list(stage.parameters())
-    trainable = [p.nbytes for p in parameters if p.requires_grad]
-    held = sum({id(t): t.nbytes for t in (*parameters, *stage.buffers())}.values())
-    foreach = any(p.is_cuda for p in parameters)
-    workspace = sum(trainable) if foreach else 2 * max(trainable, default=0)
+def standing(stage: nn.Module, microbatch: Any, cuda: bool, block: int = 1) -> list[Use]:
+    """What a stage always holds, what an optimizer takes while it steps, and a microbatch.
+
+    Each tensor takes a multiple of ``block`` bytes.
+    """
+    tensors = {id(t): -(-t.nbytes // block) * block for t in (*stage.parameters(), *stage.buffers())}
+    trainable = [tensors[id(p)] for p in stage.parameters() if p.requires_grad]
+    step = sum(trainable) if cuda else 2 * max(trainable, default=0)
     batch = sum(leaf.nbytes for leaf in tree_leaves(microbatch) if isinstance(leaf, Tensor))
-    return [Use("HOLD", held, workspace), Use("BATCH", batch), *([Use("AHEAD", AHEAD_BYTES)] if foreach else [])]
+    always = Use("HOLD", sum(tensors.values()), step)
+    return [always, Use("BATCH", batch), *([Use("AHEAD", AHEAD_BYTES)] if cuda else [])]

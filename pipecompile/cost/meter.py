@@ -33,11 +33,15 @@ class Meter(Protocol):
 
 
 class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operations make; those that were there before count if they are given to ``add``."""
+    """Counts the storages that operations make; those that were there before count if they are given to ``add``.
 
-    def __init__(self) -> None:
+    Each takes a multiple of ``block`` bytes; ``workspace`` is what an operation takes besides while it runs.
+    """
+
+    def __init__(self, block: int = 1, workspace: Callable[[Any, Sequence[Any]], int] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        self._block, self._workspace = block, workspace
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def begin(self) -> None:
@@ -61,10 +65,12 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
                     if id(storage) not in given:  # else a view of what was there before
                         self._count(storage)
+        if self._workspace is not None:
+            self.peak = max(self.peak, self.live + self._workspace(func, args))
         return result
 
     def _count(self, storage: Any) -> None:
-        key, size = id(storage), storage.nbytes()
+        key, size = id(storage), -(-storage.nbytes() // self._block) * self._block
         if size and key not in self._known:
             self._known[key] = weakref.ref(storage, self._forget(key, size))
             self.live += size

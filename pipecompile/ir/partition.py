@@ -123,9 +123,11 @@ AFTER_HALF = "SEND_B_HALF"
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What an instruction of a stage was seen to take when the runtime ran it (pipecompile/weighing.py).
+    """What an instruction of a stage was seen to take when the runtime ran it (pipecompile/weighing.py), or would take
+    (pipecompile/rehearsing.py).
 
-    ``first``: the stage's first microbatch, which makes the gradients that later ones are added to. ``ms`` is its time;
+    ``first``: the stage's first microbatch, which makes the gradients that later ones are added to. ``ms`` is its time,
+    None where no clock ran;
     ``after`` and ``peak`` are bytes over what was held before it, afterwards and at most meanwhile. ``peer`` is the stage
     at the other end of a SEND, after which the message is no longer held. The op "HOLD" is what a stage always holds
     (``peak``: and what the optimizer takes meanwhile), "BATCH" a microbatch,
@@ -135,7 +137,7 @@ class Use:
     op: str
     after: int
     peak: int = 0
-    ms: float = 0.0
+    ms: float | None = None
     first: bool = False
     peer: int = -1
 

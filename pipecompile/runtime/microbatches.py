@@ -30,7 +30,7 @@ def split(batch: Any, microbatches: int, uneven: bool = False) -> list[Any]:
 
         return of
 
-    return [_rebuild(batch, share(index)) for index in range(microbatches)]
+    return [rebuild(batch, share(index)) for index in range(microbatches)]
 
 
 def _rows(tensors: list[tuple[str, Tensor]], microbatches: int, uneven: bool) -> int:
@@ -74,20 +74,20 @@ def _leaves(node: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, node
 
 
-def _rebuild(node: Any, change: Callable[[Any], Any]) -> Any:
+def rebuild(node: Any, change: Callable[[Any], Any]) -> Any:
     """The same structure with every leaf changed."""
     if isinstance(node, Mapping):
-        changed = {key: _rebuild(value, change) for key, value in node.items()}
+        changed = {key: rebuild(value, change) for key, value in node.items()}
         if type(node) is dict or not isinstance(node, MutableMapping):
             return changed
         like = copy.copy(node)
         like.update(changed)
         return like
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return type(node)(*(_rebuild(value, change) for value in node))
+        return type(node)(*(rebuild(value, change) for value in node))
     if isinstance(node, (list, tuple)):
-        return type(node)(_rebuild(value, change) for value in node)
+        return type(node)(rebuild(value, change) for value in node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node) if field.init]
-        return dataclasses.replace(node, **{name: _rebuild(getattr(node, name), change) for name in names})
+        return dataclasses.replace(node, **{name: rebuild(getattr(node, name), change) for name in names})
     return change(node)

@@ -163,7 +163,8 @@ def _noted(module: nn.Module, kept: dict[str, Tensor]) -> Iterator[None]:
     after = dict(module.named_buffers())
     changed = [n for n, b in before.items() if after.get(n) is not b or b._version != versions[n]]
     if known is None:  # batch_norm changes its statistics without a new version
-        changed += [n for n, b in before.items() if n not in changed and not torch.equal(b, kept[n])]
+        unknown = [n for n in before if n not in changed]
+        changed += [n for n in unknown if before[n].is_meta or not torch.equal(before[n], kept[n])]
     strange = [name for name in changed if name not in kept]
     if strange:
         raise RuntimeFault(

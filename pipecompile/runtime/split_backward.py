@@ -36,7 +36,8 @@ Rest = list[tuple[Targets, Gradients, Tensor]]
 
 
 WORTH = 1 << 19
-"""Multiply-adds that wait for each node of a stage's graph, on a CPU, below which splitting costs more than it defers."""
+"""Multiply-adds that wait for each node of a stage's graph, on a CPU (or without contents, in a rehearsal), below which
+splitting costs more than it defers."""
 PAUSE = 64
 """Backwards until a stage that was not worth splitting is looked at again: sizes and frozen parameters may change."""
 
@@ -107,8 +108,8 @@ def _worth(structure: Structure) -> bool:
     """Whether what can wait takes longer than finding it."""
     if not structure.deferred:
         return False
-    on_cpu = structure.parameters[structure.deferred[0].targets[0].number].device.type == "cpu"
-    return not on_cpu or sum(one.work for one in structure.deferred) >= WORTH * len(structure.kinds)
+    device = structure.parameters[structure.deferred[0].targets[0].number].device.type
+    return device not in ("cpu", "meta") or sum(one.work for one in structure.deferred) >= WORTH * len(structure.kinds)
 
 
 def _waiting(structure: Structure, nodes: list[Node]) -> list[tuple[Node, Targets, Gradients]] | None:
