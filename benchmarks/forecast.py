@@ -95,7 +95,9 @@ def measure(name: str, schedule: str, stages: int, microbatches: int, rounds: in
     for _ in range(rounds):
         before = seconds(pipe, batch)
         dist.barrier()
-        found = weigh(model, piece, plan.partition, plan.stages, sources, plan.loss, plan.weight, budget_s=0.0)
+        found = weigh(
+            model, piece, plan.partition, plan.stages, sources, plan.inputs, plan.loss, plan.weight, budget_s=0.0
+        )
         everyone: list[Any] = [None] * RANKS
         dist.all_gather_object(everyone, found.costs)
         costs = tuple(everyone[plan.placement[s]][s] for s in range(stages))

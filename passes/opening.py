@@ -28,13 +28,19 @@ Cut = Callable[[CostGraph], Partition]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A lifted graph, its costs, and a stage for each of its nodes. ``gains`` tells what each round of opening gained."""
+    """A lifted graph, its costs, and a stage for each of its nodes. ``gains`` tells what each round of opening gained.
+
+    ``alike`` has for each stage the first that is equal to it, ``kernels`` those that its memory was told with (empty:
+    it was not told without running it).
+    """
 
     graph: Graph
     costed: Costed
     partition: Partition
     gains: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
+    alike: tuple[int, ...] = ()
+    kernels: tuple[str, ...] = ()
 
     @property
     def stage_of(self) -> dict[str, int]:

@@ -27,8 +27,8 @@ from pipecompile.masters import read_dtype
 from pipecompile.opened import read_files
 from pipecompile.pipe import Pipe
 from pipecompile.recomputing import Recompute, read_modes
-from pipecompile.rehearsing import Rehearsal
-from pipecompile.runtime import from_first_rank, main_gradients_aside, split
+from pipecompile.rehearsing import FAKE, Rehearsal, has_autocast, kernels_of
+from pipecompile.runtime import device_of, from_first_rank, main_gradients_aside, split
 from pipecompile.simulate import Link
 from pipecompile.weighing import weigh
 
@@ -97,7 +97,7 @@ def compile(
         price = _price(costs, model, microbatch, device, progress)
         traced = with_outputs(loss) if outputs else loss
         compiled = compile_model(
-            model, microbatch, traced, price, options, _weigh(costs, model, microbatch, device, options.memory)
+            model, microbatch, traced, price, options, _weigh(costs, model, microbatch, device, options)
         )
         note = _check(compiled, model, microbatch, loss) if check else "not checked against the unsplit model"
         plan = compiled.plan(source or {}, note, _formulas(compiled, device))
@@ -128,7 +128,7 @@ def _price(
     return lambda graph: read_costs(file, graph)
 
 
-def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machine, memory: int | None) -> Weigh | None:
+def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machine, options: Options) -> Weigh | None:
     """What tells the memory that a step takes: stages that run, or are rehearsed where costs were not measured; the cut's
     own count where there is a limit to keep, which knows no more.
     """
@@ -141,11 +141,16 @@ def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machin
                 parts.partition,
                 [body.plan for body in bodies],
                 sources,
+                parts.graph.inputs,
                 parts.graph.loss,
                 parts.graph.weight,
+                masters=options.gradient_dtype,
             ),
+            alike=tuple(range(parts.partition.stages)),
+            kernels=(FAKE if has_autocast(parts.graph) else kernels_of(device_of(model, microbatch).type),)
+            * len(bodies),
         )
-    return Rehearsal(model, microbatch, machine) if memory is None else None
+    return Rehearsal(model, machine, options.gradient_dtype) if options.memory is None else None
 
 
 def _check(compiled: Compiled, model: nn.Module, microbatch: Any, loss: Loss | None) -> str:

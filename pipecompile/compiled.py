@@ -90,6 +90,8 @@ class Compiled:
             shared_bytes={shared.parameter: shared.bytes for shared in partition.shared},
             optimizer_factor=self.options.optimizer_factor,
             program=self.program,
+            alike=self.split.alike,
+            kernels=self.split.kernels,
         )
 
     def why(self) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class Footprint:
         mine = self.program.shape.stages_of(rank)
         state = sum(int(self.partition.costs[s].trainable_bytes * self.optimizer_factor) for s in mine)
         masters = sum(self.partition.costs[s].master_bytes for s in mine)
-        state += 2 * masters + int(masters / 2 * self.optimizer_factor)  # with their gradients; state is twice as wide
+        state += masters + int(masters / 2 * self.optimizer_factor)  # state is twice as wide
         batch, libraries = (
             max((use.after for s in mine for use in self.partition.costs[s].uses if use.op == op), default=0)
             for op in ("BATCH", "LIBRARIES")

@@ -7,11 +7,12 @@ next step    p ◀── master, rounded                (evaluate and saving do 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipecompile.errors import BuildError
 from pipecompile.ir import Graph
@@ -35,6 +36,19 @@ def with_masters(graph: Graph, dtype_name: str) -> Graph:
         for fqn, info in graph.attributes.items()
     }
     return replace(graph, attributes=attributes)
+
+
+@contextmanager
+def main_gradients(parameters: Iterable[Tensor], dtype_name: str) -> Iterator[None]:
+    """While this lasts, narrow parameters have main gradients of the named dtype (empty: none)."""
+    narrow = [p for p in parameters if dtype_name and p.requires_grad and p.dtype in NARROW]
+    for p in narrow:
+        keep_main_gradient(p, getattr(torch, dtype_name))
+    try:
+        yield
+    finally:
+        for p in narrow:
+            forget_main_gradient(p)
 
 
 class Masters:

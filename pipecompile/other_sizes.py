@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -97,19 +98,19 @@ def _cost_at(cost: StageCost, formulas: StageFormulas, old: Sizes, new: Sizes) -
 def largest(held: Callable[[int], Held], memory: int, allowed: Callable[[int], bool]) -> int:
     """The most rows with which no rank holds more than ``memory`` at any instruction.
 
-    Bytes are first taken to be c + d·rows at each instruction and that is solved; where a size is rounded they are a
-    little off, so the answer is moved until it fits and one row more does not.
+    Bytes are taken to be c + d·rows at each instruction and that is solved, at first from two and three rows, then from
+    the last two that were looked at, until so many fit and one row more does not.
     """
-    pairs = [(two, three) for line, longer in zip(held(2), held(3)) for two, three in zip(line, longer)]
-    rows = max(0, min(_solved(3 * two - 2 * three, three - two, memory) for two, three in pairs))
-
-    def fits(count: int) -> bool:
-        return count < 1 or max(max(line) for line in held(count)) <= memory
-
-    while not fits(rows):
-        rows -= 1
-    while rows < ENDLESS and fits(rows + 1):
-        rows += 1
+    rows, above = 0, ENDLESS + 1
+    known = {2: held(2), 3: held(3)}
+    while above - rows > 1:
+        before, last = list(known.items())[-2:]
+        guess = min(max(_solved(before, last, memory), rows + 1), above - 1)
+        known[guess] = known.pop(guess) if guess in known else held(guess)
+        if max(map(max, known[guess])) <= memory:
+            rows = guess
+        else:
+            above = guess
     while rows and not allowed(rows):
         rows -= 1
     if not rows:
@@ -121,11 +122,17 @@ def largest(held: Callable[[int], Held], memory: int, allowed: Callable[[int], b
     return rows
 
 
-def _solved(constant: int, slope: int, limit: int) -> int:
-    """The most rows with constant + slope·rows <= limit."""
-    if slope > 0:
-        return (limit - constant) // slope
-    return ENDLESS if constant <= limit else 0
+def _solved(one: tuple[int, Held], other: tuple[int, Held], limit: int) -> int:
+    """The most rows that fit if bytes are linear in them between two counts of rows."""
+    least = ENDLESS
+    for line, longer in zip(one[1], other[1]):
+        for a, b in zip(line, longer):
+            slope = (b - a) / (other[0] - one[0])
+            if slope > 0:
+                least = min(least, math.floor(one[0] + (limit - a) / slope + 1e-9))
+            elif max(a, b) > limit:
+                return 0
+    return least
 
 
 def expression(text: str, sizes: Sizes) -> Any:

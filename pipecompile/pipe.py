@@ -20,6 +20,7 @@ from pipecompile.part import Part
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.schedules import make_timetable
 from pipecompile.reference import accumulate
+from pipecompile.rehearsing import at_other_sizes
 from pipecompile.runtime import (
     Gathering,
     LocalRuntime,
@@ -57,6 +58,8 @@ class Pipe(Part):
         super().__init__(files, model, local)
         check_mean(self.program, self.plan.weight)
         self.loss = loss
+        if len(self._stages) == len(self.plan.stages):
+            self.plan = replace(self.plan, rehearse=at_other_sizes(self._stages))
         self.seed = seed
         frozen = set(self.plan.frozen)
         self._frozen = [(name, p) for name, p in self.named_parameters() if name in frozen]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from pipecompile.ir import (
 )
 from pipecompile.ir.size import read_size, with_size_texts
 from pipecompile.machine import format_bytes, parse_bytes
-from pipecompile.memory import ADAM, memory_over_time, standing_bytes
+from pipecompile.memory import ADAM, memory_over_time, peak_bytes
 from pipecompile.other_sizes import (
     Sizes,
     bytes_expression,
@@ -43,7 +43,14 @@ from pipecompile.other_sizes import (
 )
 from pipecompile.simulate import Link, simulate
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
+
+Rehearse = Callable[["Plan"], tuple[tuple[Use, ...], ...]]
+"""Tells what the instructions of each stage of a plan would take."""
+
+
+NOT_WRITTEN = ("forecast", "stages", "program", "rehearse")
+"""Fields that are no part of plan.json as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,9 @@ class Plan:
     ``reported`` are the values of a microbatch that the loss function returns besides the loss.
     ``gradient_dtype`` is that of the masters of narrow parameters; empty: there are none. ``frozen`` are the parameters
     (FQNs) that were not trained when the model was compiled.
+
+    ``alike`` has for each stage the first that is equal to it, and ``kernels`` those with which its memory can be told at
+    other sizes, which ``rehearse`` does where the stages are at hand (empty: it cannot, or need not).
 
     ``sizes`` are the sizes of a microbatch that a step may change, with those that were compiled; ``fixed`` the others
     with what fixes them; ``conditions`` are what other sizes must meet.
@@ -92,13 +102,17 @@ class Plan:
     formulas: tuple[StageFormulas, ...] = ()
     shared_bytes: Mapping[str, int] = field(default_factory=dict)
     optimizer_factor: float = ADAM
+    alike: tuple[int, ...] = ()
+    kernels: tuple[str, ...] = ()
     program: Program | None = field(default=None, compare=False, repr=False)
+    rehearse: Rehearse | None = field(default=None, compare=False, repr=False)
 
     def at(self, **sizes: int) -> Plan:
         """The plan at other open sizes, ``batch`` (rows of a microbatch) and ``sequence``, without capturing anew.
 
         Cuts and program stay; shapes, bytes, times, memory and the forecast follow. Measured times change as estimated
-        ones do; what whole instructions were seen to take is known for the compiled sizes only and is left out. Raises BatchError for a size that is fixed or unknown, or that does not meet the conditions.
+        ones do. Memory is that of a rehearsal at these sizes where all stages are at hand, else a sum over their parts,
+        which a note says. Raises BatchError for a size that is fixed or unknown, or that does not meet the conditions.
         """
         wanted = checked_sizes(sizes, self.sizes, self.fixed, self.conditions)
         return self._resized(wanted)
@@ -114,6 +128,8 @@ class Plan:
             bound_bytes=0,
         )
         resized = replace(resized, transfers=transfers_at(self.transfers, resized.stages))
+        if self.kernels and dict(sizes) != dict(self.sizes):
+            resized = resized._rehearsed()
         if self.program is None:
             return resized
         return replace(
@@ -126,6 +142,18 @@ class Plan:
             ),
         )
 
+    def _rehearsed(self) -> Plan:
+        """The plan with what its stages would take, or a note that this cannot be told."""
+        try:
+            if self.rehearse is None:
+                raise LookupError("not all stages are in this process")
+            uses = self.rehearse(self)
+        except Exception as error:  # what needs contents or has no kernel raises errors of any kind
+            said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            note = f"peak memory at these sizes is only a sum over the parts of the stages: {said}"
+            return replace(self, notes=tuple(dict.fromkeys((*self.notes, note))))
+        return replace(self, costs=tuple(replace(cost, uses=use) for cost, use in zip(self.costs, uses, strict=True)))
+
     def largest_microbatch(self, memory: int | str) -> int:
         """The most rows of a microbatch with which every rank stays within ``memory`` ("80GiB" or bytes) by the forecast.
 
@@ -136,13 +164,12 @@ class Plan:
         limit = parse_bytes(memory) if isinstance(memory, str) else memory
         assert self.program is not None, "a plan of a pipe has its program"
         program, factor = self.program, self.optimizer_factor
-        estimated = replace(self, costs=tuple(replace(cost, uses=()) for cost in self.costs))
 
         def held(rows: int) -> tuple[tuple[int, ...], ...]:
-            plan = estimated._resized({**self.sizes, "batch": rows})
-            standing = standing_bytes(program, plan.partition, factor)
+            plan = self._resized({**self.sizes, "batch": rows})
+            most = peak_bytes(program, plan.partition, factor)
             lines = memory_over_time(program, plan.partition, factor)
-            return tuple((size, *line) for size, line in zip(standing, lines))
+            return tuple((size, *line) for size, line in zip(most, lines))
 
         return largest(held, limit, lambda rows: holds({**self.sizes, "batch": rows}, self.conditions))
 
@@ -174,7 +201,7 @@ class Plan:
         return sum(t.bytes + t.gradient_bytes for t in self.transfers)
 
     def to_json(self) -> dict[str, Any]:
-        whole = {name: getattr(self, name) for name in self.__slots__ if name not in ("forecast", "stages", "program")}
+        whole = {name: getattr(self, name) for name in self.__slots__ if name not in NOT_WRITTEN}
         whole |= {
             "version": PLAN_VERSION,
             "inputs": with_size_texts([asdict(value) for value in self.inputs]),
@@ -213,7 +240,18 @@ class Plan:
                 "bound_bytes",
                 "gradient_dtype",
             )
-            lists = ("frozen", "link", "placement", "random", "replicated", "opened", "notes", "why")
+            lists = (
+                "frozen",
+                "link",
+                "placement",
+                "random",
+                "replicated",
+                "opened",
+                "notes",
+                "why",
+                "alike",
+                "kernels",
+            )
             sizes = {str(name): int(size) for name, size in whole["sizes"].items()}
             fields: dict[str, Any] = {
                 name: whole[name] for name in (*plain, "source", "fixed", "optimizer_factor", "shared_bytes")

@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pipecompile.capture import untouched
 from pipecompile.compare import gradients_aside
 from pipecompile.cost.meter import Meter, meter_of
 from pipecompile.cost.stopwatch import Stopwatch
-from pipecompile.ir import AFTER_HALF, COMPUTE, SENDS, Instruction, Partition, Program, Shape, StagePlan, Use
+from pipecompile.ir import AFTER_HALF, COMPUTE, SENDS, Instruction, Partition, Program, Shape, StagePlan, Use, Value
+from pipecompile.masters import main_gradients
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.schedules import make_timetable
-from pipecompile.runtime import LocalRuntime, Mailboxes, device_of, make_stage
+from pipecompile.runtime import LocalRuntime, Mailboxes, device_of, gradient, make_stage, set_gradient
+from pipecompile.runtime.main_gradients import gradient_dtype
 
 MICROBATCHES = 2
 FEWEST, BUDGET_S = 3, 0.2
@@ -71,7 +72,7 @@ class Scale:
         kind = (one.stage, self.name(one), one.microbatch == 0, one.peer if one.op in SENDS else -1)
         mine = list(self.stages[one.stage].parameters()) if one.op in COMPUTE else []
         for p in mine:  # a tied parameter is another tensor on another rank, with a gradient of its own
-            p.grad = self.gradients.pop((one.stage, id(p)), None)
+            set_gradient(p, self.gradients.pop((one.stage, id(p)), None))
         before = self.meter.live if self.meter else 0
         if self.meter:
             self.meter.begin()
@@ -82,7 +83,8 @@ class Scale:
             copied = sum(spec.bytes for spec in step.operand.message.specs) if one.op in SENDS and self.copies else 0
             self.bytes[kind] = (self.meter.live - before - copied, self.meter.peak - before - copied)
         for p in mine:
-            self.gradients[one.stage, id(p)], p.grad = p.grad, None
+            self.gradients[one.stage, id(p)] = gradient(p)
+            set_gradient(p, None)
 
     def median_ms(self, kind: Kind) -> float:
         return statistics.median(self.watch.between(begin, end) for begin, end in self.times[kind])
@@ -100,18 +102,20 @@ def weigh(
     partition: Partition,
     plans: Sequence[StagePlan],
     sources: Sequence[str],
+    inputs: Sequence[Value],
     loss: str,
     weight: str,
     budget_s: float = BUDGET_S,
+    masters: str = "",
 ) -> Partition:
     """The partition with the ``uses`` of each stage, as seen on ``microbatch``; the model is left as it was.
 
-    The clock runs for ``budget_s`` seconds, and three times at least.
+    The clock runs for ``budget_s`` seconds, and three times at least. ``masters`` is their dtype (empty: none).
     """
     stages = {plan.index: make_stage(source, model, plan) for plan, source in zip(plans, sources)}
     device = device_of(model, microbatch)
-    uses = [standing(stages[s], microbatch, device.type == "cuda") for s in range(partition.stages)]
-    with gradients_aside(model), untouched(model):
+    with gradients_aside(model), untouched(model), main_gradients(model.parameters(), masters):
+        uses = [standing(stages[s], inputs, device.type == "cuda") for s in range(partition.stages)]
         for split, program in enumerate(programs(partition)):
             runtime = LocalRuntime(program, stages, plans, loss=loss, weight=weight, mail=Copies())
             scale, microbatches = Scale(stages, Stopwatch.of(device), bool(split)), [microbatch] * MICROBATCHES
@@ -178,14 +182,18 @@ def _observe(
         yield kind[0], replace(use, ms=clock.median_ms(kind))
 
 
-def standing(stage: nn.Module, microbatch: Any, cuda: bool, block: int = 1) -> list[Use]:
+def standing(stage: nn.Module, inputs: Iterable[Value], cuda: bool, block: int = 1) -> list[Use]:
     """What a stage always holds, what an optimizer takes while it steps, and a microbatch.
 
     Each tensor takes a multiple of ``block`` bytes.
     """
-    tensors = {id(t): -(-t.nbytes // block) * block for t in (*stage.parameters(), *stage.buffers())}
-    trainable = [tensors[id(p)] for p in stage.parameters() if p.requires_grad]
-    step = sum(trainable) if cuda else 2 * max(trainable, default=0)
-    batch = sum(leaf.nbytes for leaf in tree_leaves(microbatch) if isinstance(leaf, Tensor))
-    always = Use("HOLD", sum(tensors.values()), step)
-    return [always, Use("BATCH", batch), *([Use("AHEAD", AHEAD_BYTES)] if cuda else [])]
+
+    def whole(size: int) -> int:
+        return -(-size // block) * block
+
+    held = {id(t): whole(t.nbytes) for t in (*stage.parameters(), *stage.buffers())}
+    trained = [whole(p.numel() * gradient_dtype(p).itemsize) for p in stage.parameters() if p.requires_grad]
+    step = sum(trained) if cuda else 2 * max(trained, default=0)
+    always = Use("HOLD", sum(held.values()), step)
+    batch = Use("BATCH", sum(value.spec.bytes for value in inputs))
+    return [always, batch, *([Use("AHEAD", AHEAD_BYTES)] if cuda else [])]

@@ -117,8 +117,10 @@ def test_masters_are_in_the_memory_plan() -> None:
     narrow_bytes = [cost.trainable_bytes for cost in peaks[1].costs]
     assert [cost.master_bytes for cost in peaks[1].costs] == [2 * size for size in narrow_bytes]
     more = [with_ - without for with_, without in zip(peaks[1].forecast.peak_bytes, peaks[0].forecast.peak_bytes)]
-    # the masters (4 bytes instead of none), their gradients and two moments (12 instead of 6)
-    assert more == [5 * size for size in narrow_bytes]
+    # the masters (4 bytes instead of none), their gradients and two moments (12 instead of 6); the optimizer's step or
+    # the sum of one parameter's gradient takes more for a moment
+    largest = max(p.nbytes for p in narrow().parameters())
+    assert all(5 * size <= bytes <= 5 * size + 2 * largest for bytes, size in zip(more, narrow_bytes, strict=True))
 
 
 class LargeTable(nn.Module):

@@ -144,8 +144,9 @@ def test_fewer_bytes_are_kept_and_forecast() -> None:
         held[mode], forecast[mode], time[mode] = live.most, max(pipe.forecast.peak_bytes), pipe.forecast.step_ms
     assert held["stage"] < held["none"] / 2
     assert held["calls"] < held["none"] / 2
-    assert forecast["stage"] < forecast["none"] / 2
-    assert forecast["calls"] < forecast["none"] / 2
+    always = 4 * max(cost.parameter_bytes for cost in pipe.plan.costs)  # weights, gradients, two moments
+    assert forecast["stage"] - always < (forecast["none"] - always) / 2
+    assert forecast["calls"] - always < (forecast["none"] - always) / 2
     assert time["stage"] > 1.2 * time["none"], "the forward runs twice"
 
 

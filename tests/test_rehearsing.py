@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,13 +38,22 @@ def both(case: tuple[nn.Module, Any, Any], stages: int, **options: Any) -> tuple
     """What each stage would take, what it was seen to take, and who knows."""
     model, batch, loss = case
     microbatch = split(batch, 4)[0]
-    rehearsal = Rehearsal(model, microbatch, find_machine("cpu"))
+    rehearsal = Rehearsal(model, find_machine("cpu"), options.get("gradient_dtype", ""))
     seen: list[Any] = []
 
     def weigh(parts: Split, bodies: tuple[StageBody, ...], sources: Sequence[str]) -> Split:
         plans = [body.plan for body in bodies]
         weighed = weighing.weigh(
-            model, microbatch, parts.partition, plans, sources, parts.graph.loss, parts.graph.weight, 0.0
+            model,
+            microbatch,
+            parts.partition,
+            plans,
+            sources,
+            parts.graph.inputs,
+            parts.graph.loss,
+            parts.graph.weight,
+            0.0,
+            rehearsal.gradient_dtype,
         )
         seen.extend(taken(cost.uses) for cost in weighed.costs)
         return rehearsal(parts, bodies, sources)
@@ -58,6 +68,48 @@ def test_a_rehearsal_finds_what_weighing_sees_of_shared_weights_and_autocast() -
     would, seen, _ = both(gpt2(), 3)
     assert would == seen
     would, seen, _ = both(regions.family(), 4)
+    assert would == seen
+
+
+def test_narrow_gradients_go_into_their_masters_in_a_rehearsal_too() -> None:
+    model = Layers([8] * 4).bfloat16()
+    would, seen, _ = both((model, (torch.randn(8, 16, dtype=torch.bfloat16),), None), 2, gradient_dtype="float32")
+    assert would == seen
+    made = {kind: after for kind, (after, _) in would[0].items() if kind[0] == "BACKWARD" and kind[1]}
+    assert min(made.values()) > 0, "main gradients stay"
+    assert all(p.grad is None and "main_grad" not in vars(p) for p in model.parameters())
+
+
+@dataclasses.dataclass
+class Pair:
+    left: Tensor
+    right: Tensor
+
+
+torch.export.register_dataclass(Pair)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.randn(8, 16),
+        {"rows": [torch.randn(8, 16)]},
+        Pair(torch.randn(8, 16), torch.randn(8, 16)),
+        (torch.randn(8, 16), 2),
+    ],
+    ids=["tensor", "nested", "dataclass", "number"],
+)
+def test_a_batch_of_any_structure_is_rehearsed(batch: Any) -> None:
+    """Nothing is made up of the batch but its tensors."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(batch, dict):
+            return model(batch["rows"][0])
+        if isinstance(batch, Pair):
+            return model(batch.left - batch.right)
+        return model(batch[0] * batch[1]) if isinstance(batch, tuple) else model(batch)
+
+    would, seen, _ = both((Layers([8] * 2), batch, loss), 2)
     assert would == seen
 
 

@@ -67,10 +67,17 @@ class Executor:
     """One rank's row with its values.
 
     ``reduce`` has the handlers of sums; with ``mean`` the loss is divided by ``microbatches``, those of all replicas.
+    With ``splits_all``, backwards that come in halves are split whatever that defers, as on an accelerator.
     """
 
     def __init__(
-        self, row: Row, transport: Transport, reduce: Mapping[str, Handler], microbatches: int, mean: bool
+        self,
+        row: Row,
+        transport: Transport,
+        reduce: Mapping[str, Handler],
+        microbatches: int,
+        mean: bool,
+        splits_all: bool = False,
     ) -> None:
         self._handlers: dict[str, Handler] = {
             "FORWARD": self._forward,
@@ -88,7 +95,7 @@ class Executor:
         self.losses: Tensor | None = None
         self.weights: Tensor | None = None
         self.before_forward: Callable[[int], None] | None = None
-        self._graphs: defaultdict[int, Known] = defaultdict(Known)
+        self._graphs: defaultdict[int, Known] = defaultdict(lambda: Known(splits_all))
         self._wholes: defaultdict[int, Summed] = defaultdict(Summed)
         self._trains = any(one.op.startswith("BACKWARD") for one in row.instructions)
         self._transport = transport

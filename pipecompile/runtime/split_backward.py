@@ -36,8 +36,7 @@ Rest = list[tuple[Targets, Gradients, Tensor]]
 
 
 WORTH = 1 << 19
-"""Multiply-adds that wait for each node of a stage's graph, on a CPU (or without contents, in a rehearsal), below which
-splitting costs more than it defers."""
+"""Multiply-adds that wait for each node of a stage's graph, on a CPU, below which splitting costs more than it defers."""
 PAUSE = 64
 """Backwards until a stage that was not worth splitting is looked at again: sizes and frozen parameters may change."""
 
@@ -45,14 +44,16 @@ PAUSE = 64
 class Known:
     """The structure of a stage's last graph, so that the next one is only compared with it.
 
-    ``pause``: for so many backwards the stage is not looked at, because it was not worth splitting.
+    ``pause``: for so many backwards the stage is not looked at, because it was not worth splitting, which ``always`` it is
+    on an accelerator.
     """
 
-    __slots__ = ("pause", "structure")
+    __slots__ = ("always", "pause", "structure")
 
-    def __init__(self) -> None:
+    def __init__(self, always: bool = False) -> None:
         self.structure: Structure | None = None
         self.pause = 0
+        self.always = always
 
 
 def input_half(
@@ -92,7 +93,7 @@ def _prepare(
         if structure is None or nodes is None:
             structure, nodes = read(roots, leaves)
             known.structure = structure
-        if structure.whole or not _worth(structure):
+        if structure.whole or not _worth(structure, known.always):
             known.structure, known.pause = None, PAUSE
             return [], []
         others = [structure.parameters[number] for number in structure.others]
@@ -104,12 +105,14 @@ def _prepare(
         structure = None
 
 
-def _worth(structure: Structure) -> bool:
-    """Whether what can wait takes longer than finding it."""
+def _worth(structure: Structure, always: bool) -> bool:
+    """Whether what can wait takes longer than finding it. Without contents nothing says which device is meant."""
     if not structure.deferred:
         return False
     device = structure.parameters[structure.deferred[0].targets[0].number].device.type
-    return device not in ("cpu", "meta") or sum(one.work for one in structure.deferred) >= WORTH * len(structure.kinds)
+    if always or device not in ("cpu", "meta"):
+        return True
+    return sum(one.work for one in structure.deferred) >= WORTH * len(structure.kinds)
 
 
 def _waiting(structure: Structure, nodes: list[Node]) -> list[tuple[Node, Targets, Gradients]] | None:
