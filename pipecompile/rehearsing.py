@@ -73,7 +73,7 @@ class Stand:
         moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
         return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
-    def batch(self, inputs: Iterable[Value]) -> Structure:
+    def batch(self, inputs: Iterable[Value]) -> Any:
         """A microbatch, which may be a tensor alone."""
         whole = Structure()
         for value in inputs:
