@@ -296,3 +296,55 @@ class Cached(nn.Module):
 def test_a_list_that_modules_change() -> None:
     row = run("cached", (Cached(), {"x": torch.randn(8, WIDTH)}, None), 4, 4, "1f1b")
     assert row.ok, row
+
+
+class Rowwise(nn.Module):
+    """Parts of its own, called for one row at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: torch.tanh(self.inner(row)))(x)
+
+
+class Derived(Rowwise):
+    """The derivative of its parts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.func.vmap(torch.func.grad(lambda row: torch.tanh(self.inner(row)).sum()))(x)
+
+
+@pytest.mark.parametrize("kind", [Rowwise, Derived])
+def test_a_module_that_transforms_functions_is_left_whole(kind: type[nn.Module]) -> None:
+    row = run(kind.__name__, case(kind), 4, 4, "1f1b")
+    assert row.ok, row
+    assert not row.coupled, "a row's own dimensions are not the batch's"
+
+
+def test_blocks_that_transform_functions_are_left_whole_at_once() -> None:
+    model, batch, _ = case()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"part": Rowwise()}) for _ in range(4))
+    notes = [note for note in compiled((model, batch, None), 3, 3, "1f1b").plan.notes if "torch.vmap" in note]
+    assert len(notes) == 1
+    assert re.match(rf"blocks\.\*\.part: left whole.*{__file__}, line \d+: return torch\.vmap", notes[0])
+
+
+def test_a_transform_outside_of_modules_is_refused_by_line_and_the_remedy_helps() -> None:
+    class Own(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.vmap(torch.tanh)(x)
+            return super().forward(x)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return torch.vmap(torch.sin)(model(batch["x"])[None]).mean()
+
+    model, batch, _ = case(Rowwise)  # where such a line is in a module of its own
+    assert run("remedy", (model, batch, None), 3, 3, "1f1b").ok
+    with pytest.raises(CaptureError, match=rf"own forward uses torch\.vmap .*{__file__}, line \d+: x = torch\.vmap"):
+        compiled((Own(), batch, None), 3, 3, "1f1b")
+    with pytest.raises(
+        CaptureError, match=rf"the loss function uses torch\.vmap .*{__file__}, line \d+\), .* module of"
+    ):
+        compiled((case()[0], batch, loss), 3, 3, "1f1b")

@@ -30,7 +30,7 @@ from pipecompile.capture.opaque_shapes import OpaqueShapes
 from pipecompile.capture.operations import dtype_name, input_path
 from pipecompile.capture.places import Places
 from pipecompile.capture.reader import Reader
-from pipecompile.capture.remedies import Untraceable, about_contents, complete, stopped
+from pipecompile.capture.remedies import Untraceable, about_contents, alike, complete, stopped
 from pipecompile.capture.repeat import check_templates
 from pipecompile.capture.shadow import Shadows
 from pipecompile.capture.sizes import (
@@ -49,6 +49,7 @@ from pipecompile.capture.state import held_twice, memory, untouched
 from pipecompile.capture.step import Loss, Step, copied, default_loss
 from pipecompile.capture.structure import snapshot
 from pipecompile.capture.tracepoints import Recorder
+from pipecompile.capture.transforms import Transformed
 from pipecompile.errors import CaptureError, PipecompileError, must_stay_whole
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
 
@@ -92,6 +93,13 @@ def _decided(task: Task) -> Graph:
             if whole <= hidden:
                 raise
             hidden |= whole
+            continue
+        except Transformed as used:
+            if not used.fqn:
+                raise used.refusal(task.step.loss) from None
+            pattern = alike(task.model, used.fqn)
+            hidden |= _matching(task.model, (pattern,))
+            notes = [*notes, f"{pattern}: {used.note}"]
             continue
         found = decisions(graph, task.seen.questions)
         if found.whole <= hidden:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pipecompile.capture import transforms
 from pipecompile.capture.likeness import structure
 from pipecompile.capture.remedies import Untraceable
 from pipecompile.capture.structure import PLAIN, Tensor, Unrenderable, rebuild, tensors
@@ -93,7 +94,11 @@ class Blocks:
                     modules[fqn].__dict__["forward"] = forward
 
     def _pass_over(self, module: nn.Module, fqn: str) -> Callable[..., Any]:
+        original = module.forward
+
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if transforms.running() is not None:
+                return original(*args, **kwargs)
             call = self.recorder.calls[self.recorder.stack[-1]]
             seen = self.eager.get(call.key)
             if seen is None or not _complete(seen.result):
@@ -113,6 +118,8 @@ class Blocks:
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if transforms.running() is not None:
+                return original(*args, **kwargs)
             index = self.recorder.stack[-1]
             call = self.recorder.calls[index]
             seen = self.eager.get(call.key)

@@ -23,6 +23,7 @@ from pipecompile.capture.repeat import repeat
 from pipecompile.capture.sizes import Fixed, Sizes, contiguous
 from pipecompile.capture.structure import Tensor, Unrenderable, leaves, merge, rebuild, tensors
 from pipecompile.capture.tracepoints import MARK, REGION, Recorder, Tracepoint
+from pipecompile.capture.transforms import Transformed
 from pipecompile.errors import CaptureError
 from pipecompile.ir import Attribute, AttributeInfo, Call, Node, Ref, Spec, Value
 
@@ -128,6 +129,8 @@ class Reader:
             device, dtype, enabled, cache = args[:4]
             tag = f"torch.autocast({device!r}, dtype={dtype}, enabled={enabled}, cache_enabled={cache})"
             return self.read(args[4], args[5:], (*context, tag))
+        if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+            raise Transformed(self.recorder.calls[self.stack[-1]].fqn if self.stack else "", contents.place(node))
         if not self.stack:
             raise CaptureError(f"operation {name} outside of the model cannot be split; move it into a module")
         self.whole.setdefault(self.stack[-1], f"it uses the operation {name}")

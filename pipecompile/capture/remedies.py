@@ -53,8 +53,11 @@ def complete(
 
 def alike(model: nn.Module, fqn: str) -> str:
     """A pattern of the modules in the same place of other blocks, if they are of one class; else the name itself."""
-    pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", fqn)
-    kinds = {type(part) for name, part in model.named_modules() if name and fnmatchcase(name, pattern)}
+    numbers = r"(^|\.)\d+(?=\.|$)"
+    pattern, place = re.sub(numbers, r"\1*", fqn), re.compile(re.sub(numbers, r"\1\\d+", fqn))
+    named = {name: part for name, part in model.named_modules() if name and fnmatchcase(name, pattern)}
+    same = tuple(f"{name}." for name in named if place.fullmatch(name))
+    kinds = {type(part) for name, part in named.items() if not name.startswith(same)}
     return pattern if kinds == {type(model.get_submodule(fqn))} else fqn
 
 

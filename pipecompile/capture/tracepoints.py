@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipecompile.capture import transforms
 from pipecompile.capture.structure import containers, held, tensors
 
 torch.library.define("pipecompile::mark", "(Tensor[] tensors, int event) -> ()")
@@ -133,6 +134,8 @@ class Recorder:
 
     def _enter(self, fqn: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if transforms.running() is not None:
+                return
             key = f"{fqn}@{self.counts[fqn]}"
             self.counts[fqn] += 1
             parent = self.stack[-1] if self.stack else -1
@@ -149,6 +152,8 @@ class Recorder:
 
     def _leave(self) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            if transforms.running() is not None:
+                return
             call = self.calls[self.stack[-1]]
             call.result, call.end = self.keep_result(result), len(self.calls)
             if self.look:
