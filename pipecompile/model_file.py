@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -24,14 +26,26 @@ class ModelFile:
     path: Path
     sha256: str
     make_model: Callable[[], nn.Module]
-    batch: Callable[[], Any]
+    make_batch: Callable[[], Any]
     loss: Callable[[nn.Module, Any], Any] | None
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
     def model(self, seed: int = 0) -> nn.Module:
         """A new model, initialised under ``seed``: the same weights in every process."""
-        torch.manual_seed(seed)
+        _seed(seed)
         return self.make_model()
+
+    def batch(self, seed: int = 0) -> Any:
+        """The next whole batch, drawn under ``seed``: the same in every process."""
+        _seed(seed)
+        return self.make_batch()
+
+
+def _seed(seed: int) -> None:
+    """Seed what a model file may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
 
 
 def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -67,7 +81,7 @@ def read_model_file(path: str | Path, sha256: str = "") -> ModelFile:
         path=file,
         sha256=found,
         make_model=module.model,
-        batch=module.batch,
+        make_batch=module.batch,
         loss=getattr(module, "loss", None),
         optimizer=getattr(module, "optimizer", default_optimizer),
     )

@@ -55,6 +55,27 @@ def test_a_model_is_the_same_in_every_process(tmp_path: Path) -> None:
     assert not torch.equal(first, file.model(seed=1).weight)
 
 
+DRAWS = """
+import random
+import numpy
+import torch
+from torch import nn
+def draw(): return torch.rand(2) + torch.from_numpy(numpy.random.rand(2)) + random.random()
+def model():
+    module = nn.Linear(2, 1, dtype=torch.float64)
+    module.weight.data[0] = draw()
+    return module
+def batch(): return (draw(),)
+"""
+
+
+def test_what_a_file_draws_from_numpy_and_python_is_the_same_in_every_process(tmp_path: Path) -> None:
+    file = read_model_file(write(tmp_path, DRAWS))
+    assert torch.equal(file.model().weight, file.model().weight)
+    assert torch.equal(file.batch(3)[0], file.batch(3)[0])
+    assert not torch.equal(file.batch(3)[0], file.batch(4)[0])
+
+
 def test_the_file_that_a_build_was_made_of_must_be_unchanged(tmp_path: Path) -> None:
     digest = read_model_file(write(tmp_path, SHORT)).sha256
     assert read_model_file(tmp_path / "net.py", digest).sha256 == digest

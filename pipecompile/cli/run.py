@@ -152,7 +152,7 @@ def _loop(options: argparse.Namespace, pipe: Any, file: Any, optimizer: Any, los
 
     traced = _traced(options)
     for taken in range(options.steps):
-        batch = _batch(pipe, file)
+        batch = _batch(pipe, file, first=not taken)
         if taken == traced:
             loss = traced_step(pipe, batch, optimizer if pipe.updates else None, options.trace)
         else:
@@ -176,14 +176,16 @@ def _traced(options: argparse.Namespace) -> int:
     return options.steps - 1 if options.trace_step is None else int(options.trace_step)
 
 
-def _batch(pipe: Any, file: Any) -> Any:
-    """The next batch for this replica: of a step's batches, one for each, that with its number."""
-    import torch
+def _batch(pipe: Any, file: Any, first: bool = False) -> Any:
+    """The next batch for this replica: of a step's batches, one for each, that with its number.
 
-    found = []
-    for index in range(pipe.replicas):
-        torch.manual_seed(pipe.steps * pipe.replicas + index)
-        found.append(file.batch())
+    BatchError if the ``first`` ones of a run are not the same in every process.
+    """
+    from pipecompile.same_batch import check_same
+
+    found = [file.batch(pipe.steps * pipe.replicas + index) for index in range(pipe.replicas)]
+    if first:
+        check_same(found)
     return found[pipe.replica]
 
 

@@ -71,8 +71,7 @@ def _compare(pipe: Any, model: Any, file: Any) -> list[tuple[float, list[Any]]]:
     optimizer = file.optimizer(list(model.parameters()))
     steps = []
     for index in range(STEPS):
-        torch.manual_seed(index)
-        batch = file.batch()
+        batch = file.batch(index)
         torch.manual_seed(index)
         loss = pipe.step(batch)
         torch.manual_seed(index)
