@@ -44,9 +44,11 @@ processes: setup
 inductor: setup
 	PIPECOMPILE_INDUCTOR=1 $(BIN)/python -m pytest tests/test_compiled_stages.py
 
-# Random changes of programs of every schedule: what a reference interpreter finds wrong, verify refuses by name.
+# Random changes of programs of every schedule: what a reference interpreter finds wrong, verify refuses by name. Random
+# changes of the files that others may write: each is refused with an error of ours, or is safe to run.
 mutants: setup
 	$(BIN)/python -m tests.test_mutants 100000
+	$(BIN)/python -m tests.test_hostile 50000
 
 # The wheel alone, in an environment of its own: what `pip install pipecompile` gives.
 wheel-test: setup

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipecompile.errors import ScheduleError
 from pipecompile.ir import COMPUTE, Instruction, Shape, Timetable
+from pipecompile.ir.json_text import shortened
 
 Rows = tuple[tuple[Instruction, ...], ...]
 _OPS = {letter: op for op, letter in COMPUTE.items()}
@@ -27,7 +28,7 @@ _OPS = {letter: op for op, letter in COMPUTE.items()}
 
 def read_computation(text: str) -> Instruction | None:
     """The instruction that ``2F0`` (B, I, W) writes; None if the text is not one."""
-    match = re.fullmatch(r"(\d+)([FBIW])(\d+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9})([FBIW])([0-9]{1,9})", text.strip())
     return Instruction(_OPS[match[2]], int(match[1]), int(match[3])) if match else None
 
 
@@ -67,19 +68,21 @@ def _size(shape: Shape) -> str:
 
 def _rows(name: str, made: object) -> Rows:
     if not isinstance(made, Iterable) or isinstance(made, str):
-        raise ScheduleError(f"schedule {name!r} gave {made!r}; expected one row for each rank")
+        raise ScheduleError(f"schedule {name!r} gave {shortened(made)}; expected one row for each rank")
     return tuple(tuple(_row(name, rank, row)) for rank, row in enumerate(made))
 
 
 def _row(name: str, rank: int, row: object) -> list[Instruction]:
     if not isinstance(row, Iterable):
-        raise ScheduleError(f"schedule {name!r} gave {row!r} for rank {rank}; expected instructions such as '0F0 0B0'")
+        raise ScheduleError(
+            f"schedule {name!r} gave {shortened(row)} for rank {rank}; expected instructions such as '0F0 0B0'"
+        )
     found = []
     for part in row.split() if isinstance(row, str) else row:
         one = read_computation(part) if isinstance(part, str) else part
         if not isinstance(one, Instruction):
             raise ScheduleError(
-                f"schedule {name!r} gave {part!r} for rank {rank}; expected a stage, F, B, I or W, and a microbatch, "
+                f"schedule {name!r} gave {shortened(part)} for rank {rank}; expected a stage, F, B, I or W, and a microbatch, "
                 "for example '0F0'"
             )
         found.append(one)

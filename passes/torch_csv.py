@@ -11,10 +11,12 @@ import csv
 import re
 from pathlib import Path
 
-from pipecompile.errors import ScheduleError
+from pipecompile.errors import ProgramError, ScheduleError
 from pipecompile.ir import Instruction, Shape, Timetable
+from pipecompile.ir.json_text import shortened
 from pipecompile.ir.versions import updates
 from pipecompile.passes.own_schedule import read_computation
+from pipecompile.passes.verify import verify_compute
 
 _ADDED = re.compile(r"\d+(UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)\d*")
 _PAIR = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
@@ -34,18 +36,22 @@ def write_csv(timetable: Timetable, path: str | Path) -> None:
 def read_csv(path: str | Path) -> Timetable:
     """The timetable of a file; ScheduleError names the line and cell of what is malformed."""
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path} cannot be read as text: {error}") from error
+        text = Path(path).read_text(encoding="utf-8")
+        lines = list(csv.reader(text.splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ScheduleError(f"{path} cannot be read as text: {error}; give a CSV file of torch's pipelining") from error
     rows = []
-    for line, cells in enumerate(csv.reader(text.splitlines()), start=1):
+    for line, cells in enumerate(lines, start=1):
         row: list[Instruction] = []
         for number, cell in enumerate(cells, start=1):
             row += _cell(cell.strip(), f"{path}, line {line}, cell {number}")
         if not row:
             raise ScheduleError(f"{path}, line {line} has no computation; give one line for each rank, and no other")
         rows.append(tuple(row))
-    return Timetable(Path(path).stem, _shape(rows, str(path)), tuple(rows))
+    try:
+        return verify_compute(Timetable(Path(path).stem, _shape(rows, str(path)), tuple(rows)))
+    except ProgramError as error:
+        raise ScheduleError(f"{path}: {error}; mend the rows, one line for each rank") from error
 
 
 def _cell(text: str, where: str) -> list[Instruction]:
@@ -57,7 +63,7 @@ def _cell(text: str, where: str) -> list[Instruction]:
         one = read_computation(part)
         if one is None:
             raise ScheduleError(
-                f"{where}: {text!r} is not a computation; expected a stage, F, B, I or W, and a microbatch, such as 0F0"
+                f"{where}: {shortened(text)} is not a computation; expected a stage, F, B, I or W, and a microbatch, such as 0F0"
             )
         found.append(one)
     return found
@@ -75,8 +81,11 @@ def _shape(rows: list[tuple[Instruction, ...]], path: str) -> Shape:
     if not rank_of:
         raise ScheduleError(f"{path} has no computation; expected one line a rank, cells such as 0F0")
     stages = max(rank_of) + 1
-    missing = [stage for stage in range(stages) if stage not in rank_of]
-    if missing:
-        raise ScheduleError(f"{path} has stage {stages - 1} but no stage {missing[0]}; number stages from 0")
+    if stages > len(rank_of):
+        lost = next(stage for stage in range(stages) if stage not in rank_of)
+        raise ScheduleError(f"{path} has stage {stages - 1} but no stage {lost}; number stages from 0")
     microbatches = 1 + max(one.microbatch for row in rows for one in row)
-    return Shape(stages, len(rows), microbatches, tuple(rank_of[stage] for stage in range(stages)))
+    try:
+        return Shape(stages, len(rows), microbatches, tuple(rank_of[stage] for stage in range(stages)))
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from error

@@ -74,7 +74,9 @@ def verify_compute(timetable: Timetable) -> Timetable:
 
 def _fault(program: Program, place: tuple[int, int], problem: str) -> ProgramError:
     rank, position = place
-    return ProgramError(f"{program.rows[rank][position]} (rank {rank}, instruction {position}): {problem}")
+    return ProgramError(
+        f"{str(program.rows[rank][position])[:200]} (rank {rank}, instruction {position}): {problem[:500]}"
+    )
 
 
 def _places(program: Program) -> Places:

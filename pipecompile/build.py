@@ -15,13 +15,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from pipecompile.errors import BuildError
+from pipecompile.ir.json_text import parse, shortened
 
 BUILD_VERSION = 1
 FORMAT = "pipecompile build"
 MANIFEST = "manifest.json"
+LONGEST_NAME = 255
+"""Bytes of a name in a folder, on every file system in use."""
 
 
 def write_build(directory: str | Path, files: Mapping[str, str | bytes]) -> None:
@@ -125,14 +127,15 @@ def _read_manifest(root: Path, any_version: bool = False) -> dict[str, str]:
     if not path.is_file():
         raise BuildError(f"{str(root)!r} has no {MANIFEST}, so it is not a build; make one with pipecompile MODEL.py")
     try:
-        whole: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BuildError(f"{str(path)!r} cannot be read as JSON ({error}); compile again") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise BuildError(f"{str(path)!r} cannot be read: {error.strerror}; compile again") from error
+    whole = parse(content, repr(str(path)), remedy="compile again")
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise BuildError(f"{str(path)!r} is not the manifest of a build; make one with pipecompile MODEL.py")
     if whole.get("version") != BUILD_VERSION and not any_version:
         raise BuildError(
-            f"build {str(root)!r} has version {whole.get('version')!r}, but this pipecompile reads {BUILD_VERSION}; "
+            f"build {str(root)!r} has version {shortened(whole.get('version'))}, but this pipecompile reads {BUILD_VERSION}; "
             f"compile again"
         )
     files = whole.get("files")
@@ -145,9 +148,13 @@ def _read_manifest(root: Path, any_version: bool = False) -> dict[str, str]:
 
 def _check_name(name: str, where: str) -> None:
     parts = name.split("/")
-    outside = PurePosixPath(name).is_absolute() or any(part in ("", ".", "..") for part in parts)
+    outside = PurePosixPath(name).is_absolute() or any(
+        part in ("", ".", "..") or len(part.encode()) > LONGEST_NAME for part in parts
+    )
     if outside or name == MANIFEST or any(character in name for character in "\\:\0"):
-        raise BuildError(f"{where}: {name!r} is not a path inside a build; expected a name such as 'stages/stage_0.py'")
+        raise BuildError(
+            f"{where}: {shortened(name)} is not a path inside a build; expected a name such as 'stages/stage_0.py'"
+        )
 
 
 def _refuse_link(root: Path, name: str) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from pipecompile.errors import BuildError
 from pipecompile.ir import Program
+from pipecompile.ir.json_text import parse
 from pipecompile.plan import Plan
+from pipecompile.plan_file import check_together, read_plan
 
 Files = Mapping[str, str]
 
@@ -23,11 +25,18 @@ def build_files(plan: Plan, program: Program, sources: tuple[str, ...]) -> dict[
     return files | {f"stages/stage_{index}.py": source for index, source in enumerate(sources)}
 
 
-def json_of(files: Files, name: str) -> Any:
-    """A build's JSON file by name; BuildError if it is missing or malformed."""
-    try:
-        return json.loads(files[name])
-    except KeyError:
-        raise BuildError(f"the build has no {name}; compile again") from None
-    except ValueError as error:
-        raise BuildError(f"the build's {name} is no JSON: {error}; compile again") from error
+def plan_and_program(files: Files) -> tuple[Plan, Program]:
+    """A build's plan and program, which belong together; BuildError or ProgramError where they are malformed.
+
+    The program is not proved yet.
+    """
+    plan = read_plan(_json_of(files, "plan.json"))
+    program = Program.from_json(_json_of(files, "program.json"))
+    check_together(plan, program)
+    return plan, program
+
+
+def _json_of(files: Files, name: str) -> Any:
+    if name not in files:
+        raise BuildError(f"the build has no {name}; compile again")
+    return parse(files[name], f"the build's {name}", remedy="compile again")

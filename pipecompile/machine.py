@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from pipecompile.errors import CostError
+from pipecompile.ir.json_text import parse, shortened
 
 UNITS = {
     "B": 1,
@@ -42,20 +41,22 @@ class Machine:
     def __post_init__(self) -> None:
         if not isinstance(self.flops, Mapping) or "float32" not in self.flops:
             raise CostError(
-                f"machine {self.name!r}: flops is {self.flops!r}, expected FLOP/s by dtype with at least 'float32'"
+                f"machine {self.name!r}: flops is {shortened(self.flops)}, expected FLOP/s by dtype with at least 'float32'"
             )
         rates = {f"flops[{dtype!r}]": rate for dtype, rate in self.flops.items()}
         rates |= {what: getattr(self, what) for what in ("bandwidth", "memory", "link_bandwidth")}
         for what, rate in rates.items():
             if not (_is_number(rate) and rate > 0):
-                raise CostError(f"machine {self.name!r}: {what} is {rate!r}, expected a finite number above 0")
+                raise CostError(f"machine {self.name!r}: {what} is {shortened(rate)}, expected a finite number above 0")
         for what in ("link_latency_us", "launch_us"):
             if not (_is_number(getattr(self, what)) and getattr(self, what) >= 0):
-                raise CostError(f"machine {self.name!r}: {what} is {getattr(self, what)!r}, expected a number >= 0")
+                raise CostError(
+                    f"machine {self.name!r}: {what} is {shortened(getattr(self, what))}, expected a number >= 0"
+                )
         for what in ("flops_achieved", "bandwidth_achieved"):
             if not (_is_number(getattr(self, what)) and 0 < getattr(self, what) <= 1):
                 raise CostError(
-                    f"machine {self.name!r}: {what} is {getattr(self, what)!r}, expected a fraction in (0, 1]"
+                    f"machine {self.name!r}: {what} is {shortened(getattr(self, what))}, expected a fraction in (0, 1]"
                 )
 
     def compute_ms(self, flops: float, dtype: str) -> float:
@@ -148,20 +149,27 @@ def find_machine(name: str | Path) -> Machine:
 
 def _read_machine(path: Path) -> Machine:
     try:
-        whole: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CostError(f"machine file {str(path)!r} cannot be read as JSON: {error}") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise CostError(f"machine file {str(path)!r} cannot be read: {error.strerror}; give the path of one") from error
+    whole = parse(content, f"machine file {str(path)!r}", CostError, "mend it")
     known = [field.name for field in fields(Machine)]
     if not isinstance(whole, dict):
-        raise CostError(f"machine file {str(path)!r} holds {whole!r}, expected an object with {', '.join(known)}")
+        raise CostError(
+            f"machine file {str(path)!r} holds {shortened(whole)}, expected an object with {', '.join(known)}"
+        )
     strange = sorted(set(whole) - set(known))
     if strange:
-        raise CostError(f"machine file {str(path)!r} has an unknown field {strange[0]!r}; expected {', '.join(known)}")
+        raise CostError(
+            f"machine file {str(path)!r} has an unknown field {shortened(strange[0])}; expected {', '.join(known)}"
+        )
     whole.setdefault("name", path.stem)
-    if isinstance(whole.get("memory"), str):
-        whole["memory"] = parse_bytes(whole["memory"])
     try:
-        return Machine(**whole)
+        if isinstance(whole.get("memory"), str):
+            whole["memory"] = parse_bytes(whole["memory"])
+        return Machine(**whole | {"name": str(whole["name"])[:80]})
+    except CostError as error:
+        raise CostError(f"machine file {str(path)!r}: {error}") from error
     except TypeError as error:
         raise CostError(
             f"machine file {str(path)!r} lacks a field: {error}; only launch_us and the fractions may be left out"
@@ -174,7 +182,7 @@ def parse_bytes(text: str) -> int:
     units = {unit.lower(): size for unit, size in UNITS.items()}
     if match is None or (match[2] or "B").lower() not in units:
         raise CostError(
-            f"{text!r} is not a number of bytes; expected a number and a unit ({', '.join(UNITS)}), for example 80GiB"
+            f"{shortened(text)} is not a number of bytes; expected a number and a unit ({', '.join(UNITS)}), for example 80GiB"
         )
     return int(float(match[1]) * units[(match[2] or "B").lower()])
 

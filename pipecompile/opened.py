@@ -7,20 +7,25 @@ from pathlib import Path
 from torch import nn
 
 from pipecompile.build import read_build
-from pipecompile.build_files import json_of
+from pipecompile.build_files import plan_and_program
 from pipecompile.errors import BuildError
-from pipecompile.ir import Program
 from pipecompile.model_file import ModelFile, read_model_file
 from pipecompile.part import stages_here
 from pipecompile.pipe import Pipe
-from pipecompile.plan import Plan
 from pipecompile.weights.checkpoint import open_checkpoint
 from pipecompile.weights.materialise import materialise
 
 
 def read_files(directory: str | Path, trust: bool = False) -> dict[str, str]:
     """A build's files as text; BuildError if one was changed (unless trusted) or another version wrote it."""
-    return {name: content.decode() for name, content in read_build(directory, trust=trust).items()}
+    return {name: _text(name, content) for name, content in read_build(directory, trust=trust).items()}
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise BuildError(f"the build's {name} is not UTF-8 at byte {error.start}; compile again") from error
 
 
 def open_build(
@@ -45,8 +50,7 @@ def open_share(
     The values are those of the file's ``model()``, or of the checkpoint ``weights``.
     """
     files, file = _files_and_model_file(directory, trust)
-    plan = Plan.from_json(json_of(files, "plan.json"))
-    program = Program.from_json(json_of(files, "program.json"))
+    plan, program = plan_and_program(files)
     owned = {name for stage in stages_here(program, local)[1] for name in plan.holds[stage]}
     model = materialise(file.model, owned, open_checkpoint(weights) if weights is not None else None)
     return Pipe(files, model, file.loss, local=local, timeout_s=timeout_s), file
@@ -54,7 +58,7 @@ def open_share(
 
 def _files_and_model_file(directory: str | Path, trust: bool) -> tuple[dict[str, str], ModelFile]:
     files = read_files(directory, trust)
-    source = Plan.from_json(json_of(files, "plan.json")).source
+    source = plan_and_program(files)[0].source
     if "file" not in source:
         raise BuildError(f"build {str(directory)!r} was made in Python, not of a model file; use pipecompile.load")
     return files, read_model_file(Path(directory).resolve() / source["file"], "" if trust else source["sha256"])

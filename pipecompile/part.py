@@ -14,13 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from pipecompile.build import write_build
-from pipecompile.build_files import Files, json_of
+from pipecompile.build_files import Files, plan_and_program
 from pipecompile.errors import BuildError
 from pipecompile.ir import Forecast, Program
 from pipecompile.masters import Masters
 from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.verify import verify
-from pipecompile.plan import Plan
 from pipecompile.runtime import Stage, World, make_stage, watch, world_of
 from pipecompile.saving import Share, load_training, load_weights, save_checkpoint, save_weights
 from pipecompile.training import bound_to_mode, check_compiler
@@ -36,8 +35,7 @@ class Part:
 
     def __init__(self, files: Files, model: nn.Module, local: bool) -> None:
         self._files = dict(files)
-        plan = Plan.from_json(json_of(files, "plan.json"))
-        program = Program.from_json(json_of(files, "program.json"))
+        plan, program = plan_and_program(files)
         self._world, mine = stages_here(program, local)
         self.program = verify(for_replicas(program, self._world.replicas), plan.partition)
         self.plan = replace(plan, program=self.program)

@@ -1,6 +1,6 @@
 """The plan: what a compiled pipeline is, for people and for the runtime, without anything of torch.
 
-``plan.json`` in a build is ``Plan.to_json()``; ``str(plan)`` is what the command line prints.
+``plan.json`` in a build is ``Plan.to_json()``, which ``plan_file.py`` reads; ``str(plan)`` is what the command line prints.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from pipecompile.ir import (
     Condition,
     Forecast,
     Partition,
-    Path,
-    Port,
     Program,
     Shared,
-    Spec,
     StageCost,
     StageFormulas,
     StagePlan,
@@ -26,7 +23,7 @@ from pipecompile.ir import (
     Use,
     Value,
 )
-from pipecompile.ir.size import read_size, with_size_texts
+from pipecompile.ir.size import with_size_texts
 from pipecompile.machine import format_bytes, parse_bytes
 from pipecompile.memory import ADAM, memory_over_time, peak_bytes
 from pipecompile.other_sizes import (
@@ -49,8 +46,8 @@ Rehearse = Callable[["Plan"], tuple[tuple[Use, ...], ...]]
 """Tells what the instructions of each stage of a plan would take."""
 
 
-NOT_WRITTEN = ("forecast", "stages", "program", "rehearse")
-"""Fields that are no part of plan.json as they are."""
+NOT_WRITTEN = ("program", "rehearse")
+"""Fields that are no part of plan.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,59 +217,6 @@ class Plan:
         }
         return whole
 
-    @staticmethod
-    def from_json(whole: Mapping[str, Any]) -> Plan:
-        """Read what ``to_json`` gives; BuildError if it is of another version or malformed."""
-        if whole.get("version") != PLAN_VERSION:
-            raise BuildError(
-                f"plan.json has version {whole.get('version')!r}, this pipecompile reads {PLAN_VERSION}; compile again"
-            )
-        try:
-            forecast = whole["forecast"]
-            plain = (
-                "model",
-                "schedule",
-                "ranks",
-                "microbatches",
-                "loss",
-                "weight",
-                "bound_ms",
-                "bound_bytes",
-                "gradient_dtype",
-            )
-            lists = (
-                "frozen",
-                "link",
-                "placement",
-                "random",
-                "replicated",
-                "opened",
-                "notes",
-                "why",
-                "alike",
-                "kernels",
-            )
-            sizes = {str(name): int(size) for name, size in whole["sizes"].items()}
-            fields: dict[str, Any] = {
-                name: whole[name] for name in (*plain, "source", "fixed", "optimizer_factor", "shared_bytes")
-            }
-            fields |= {name: tuple(whole[name]) for name in lists}
-            return Plan(
-                **fields,
-                sizes=sizes,
-                formulas=tuple(StageFormulas(**formulas) for formulas in whole["formulas"]),
-                conditions=tuple(Condition(**condition) for condition in whole["conditions"]),
-                inputs=tuple(_value(value, sizes) for value in whole["inputs"]),
-                stages=tuple(_stage(stage, sizes) for stage in whole["stages"]),
-                reported=tuple(_value(value, sizes) for value in whole["reported"]),
-                costs=tuple(_cost(cost) for cost in whole["costs"]),
-                holds=tuple(tuple(names) for names in whole["holds"]),
-                transfers=tuple(Transfer(**transfer) for transfer in whole["transfers"]),
-                forecast=Forecast(forecast["step_ms"], tuple(forecast["busy_ms"]), tuple(forecast["peak_bytes"])),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BuildError(f"plan.json is malformed at {error}; compile again") from error
-
     def _recomputed(self) -> list[str]:
         """What runs again before its backward, by mode."""
         what = {"stage": "all of", "calls": "the large module calls of"}
@@ -319,35 +263,3 @@ class Plan:
             ]
         lines += [f"{name} is fixed: {why}" for name, why in self.fixed.items()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-def _path(steps: Any) -> Path:
-    return tuple((str(kind), step) for kind, step in steps)
-
-
-def _spec(whole: Mapping[str, Any], sizes: Sizes) -> Spec:
-    shape = tuple(read_size(size, sizes) for size in whole["shape"])
-    return Spec(shape, whole["dtype"], whole["gradient"], tuple(whole["order"]))
-
-
-def _value(whole: Mapping[str, Any], sizes: Sizes) -> Value:
-    return Value(whole["name"], _spec(whole["spec"], sizes), _path(whole["path"]), whole["storage"])
-
-
-def _cost(whole: Mapping[str, Any]) -> StageCost:
-    return StageCost(**{**whole, "uses": tuple(Use(**use) for use in whole["uses"])})
-
-
-def _port(whole: Mapping[str, Any], sizes: Sizes) -> Port:
-    return Port(whole["name"], _spec(whole["spec"], sizes), whole["source"], tuple(whole["targets"]))
-
-
-def _stage(whole: Mapping[str, Any], sizes: Sizes) -> StagePlan:
-    return StagePlan(
-        index=whole["index"],
-        inputs=tuple(_port(port, sizes) for port in whole["inputs"]),
-        outputs=tuple(_port(port, sizes) for port in whole["outputs"]),
-        **{name: tuple(whole[name]) for name in ("modules", "parameters", "buffers", "opened")},
-        shared=dict(whole["shared"]),
-        recompute=whole["recompute"],
-    )

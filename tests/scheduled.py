@@ -14,7 +14,7 @@ import pipecompile
 from pipecompile.ir import Partition, Shape
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.schedules import find_schedule, make_timetable, schedule_names
-from pipecompile.plan import Plan
+from pipecompile.plan_file import read_plan
 from tests.asynchronous import RULES, Version, train
 from tests.compiled import case, files
 from tests.models import Case
@@ -52,7 +52,7 @@ def unsplit(name: str, steps: int = 1) -> Outcome:
 def compiled(name: str, stages: int, ranks: int, microbatches: int) -> tuple[dict[str, str], Partition]:
     """The files of a build, and what its programs are made for."""
     build = files(name, stages, ranks, microbatches, "1f1b" if stages == ranks else "looped-bfs")
-    return build, Plan.from_json(json.loads(build["plan.json"])).partition
+    return build, read_plan(json.loads(build["plan.json"])).partition
 
 
 def under(schedule: str, name: str, ranks: int, microbatches: int = MICROBATCHES) -> tuple[pipecompile.Pipe, Case]:

@@ -172,7 +172,7 @@ def test_another_version_is_refused(build: Path, trust: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "manifest.json' cannot be read as JSON .*compile again"),
+        ("{", "manifest.json' cannot be read as JSON: .*compile again"),
         ("[]", "is not the manifest of a build"),
         (json.dumps({"format": "pipecompile build", "version": BUILD_VERSION}), "lists no files; compile again"),
         (json.dumps({"format": "pipecompile build", "version": BUILD_VERSION, "files": {"a": 1}}), "lists no files"),

@@ -225,7 +225,7 @@ def test_entries_inside_of_an_opened_module_come_off_its_own(cnn: Graph, tmp_pat
         ('{"nodes": {"z": {"fwd": 1, "bwd": 1}}}', "names z, which the graph does not have; its nodes are h, h_1, y"),
         ('{"nodes": {"h": {"fwd": 1}}}', """node 'h': {'fwd': 1}, expected {"fwd": .., "bwd": ..}"""),
         ('{"nodes": {"h": {"fwd": 1, "bwd": 1, "f": 1}}}', "node 'h': .*'f': 1}, expected"),
-        ('{"nodes": {"h": {"fwd": "1", "bwd": 1}}}', "node 'h': fwd is '1', expected a number"),
+        ('{"nodes": {"h": {"fwd": "1", "bwd": 1}}}', "node 'h': fwd is '1', expected a finite number"),
         ('{"nodes": {"h": {"fwd": -1, "bwd": 1}}}', r"node 'h': forward_ms is -1.0, expected a finite number >= 0"),
     ],
 )

@@ -74,11 +74,11 @@ def _check(options: argparse.Namespace) -> None:
 
 def _start(options: argparse.Namespace) -> int:
     """Start one process for each rank of the build and replica, and end with their exit code."""
+    from pipecompile.build_files import plan_and_program
     from pipecompile.cli.ranks import start_ranks
     from pipecompile.opened import read_files
-    from pipecompile.plan import Plan
 
-    plan = Plan.from_json(json.loads(read_files(options.build, options.trust)["plan.json"]))
+    plan, _ = plan_and_program(read_files(options.build, options.trust))
     words = [str(Path(options.build)), "--steps", str(options.steps), "--timeout", str(options.timeout)]
     words += [flag for flag in ("--trust", "--json") if getattr(options, flag[2:])]
     for name in ("save", "save_every", "load", "resume", "trace"):

@@ -14,7 +14,6 @@ given. How finely a model is lifted is not known beforehand, so a node without a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipecompile.cost.estimate import estimate
 from pipecompile.cost.graph import NodeCost
 from pipecompile.errors import CostError
 from pipecompile.ir import Call, Graph, Node
+from pipecompile.ir.json_text import Reader, parse, shortened
 from pipecompile.machine import MACHINES
 
 MILLISECONDS = {"s": 1e3, "ms": 1.0, "us": 1e-3}
@@ -144,30 +144,37 @@ def _refuse_strangers(entries: Mapping[str, NodeCost], graph: Graph, path: str |
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ", ".join(name[:80] for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _read(path: str | Path) -> tuple[dict[str, NodeCost], NodeCost | None]:
     try:
-        whole: Any = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise CostError(f"cost file {str(path)!r} cannot be read as JSON: {error}") from error
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise CostError(f"cost file {str(path)!r} cannot be read: {error.strerror}; give the path of one") from error
+    whole = parse(content, f"cost file {str(path)!r}", CostError, "mend it")
     if not isinstance(whole, dict) or not isinstance(whole.get("nodes"), dict):
         raise CostError(f'cost file {str(path)!r} has no "nodes" object, expected {{"unit": "ms", "nodes": {{...}}}}')
     unit = whole.get("unit", "ms")
-    if unit not in MILLISECONDS:
-        raise CostError(f"cost file {str(path)!r}: its unit is {unit!r}, expected one of {', '.join(MILLISECONDS)}")
+    if not isinstance(unit, str) or unit not in MILLISECONDS:
+        raise CostError(
+            f"cost file {str(path)!r}: its unit is {shortened(unit)}, expected one of {', '.join(MILLISECONDS)}"
+        )
     entries = {key: _cost(entry, key, MILLISECONDS[unit], path) for key, entry in whole["nodes"].items()}
     return entries, _cost(whole["default"], "default", MILLISECONDS[unit], path) if "default" in whole else None
 
 
 def _cost(entry: Any, key: str, unit_ms: float, path: str | Path) -> NodeCost:
-    where = f"cost file {str(path)!r}, node {key!r}"
+    where = f"cost file {str(path)!r}, node {shortened(key)}"
     if not isinstance(entry, dict) or not {"fwd", "bwd"} <= set(entry) <= set(FIELDS):
-        raise CostError(f'{where}: {entry!r}, expected {{"fwd": .., "bwd": ..}} and perhaps "weight", "saved_bytes"')
-    strange = [what for what, cost in entry.items() if not isinstance(cost, int | float) or isinstance(cost, bool)]
-    if strange:
-        raise CostError(f"{where}: {strange[0]} is {entry[strange[0]]!r}, expected a number")
+        raise CostError(
+            f'{where}: {shortened(entry)}, expected {{"fwd": .., "bwd": ..}} and perhaps "weight", "saved_bytes"'
+        )
+    read = Reader(CostError, "mend it")
+    for what, cost in entry.items():
+        read.as_type(int if what == "saved_bytes" else float, cost, f"{where}: {what}")
+    if (weight := entry.get("weight", 0)) > entry["bwd"] >= 0:
+        raise CostError(f"{where}: weight is {weight}, more than the whole backward, bwd, of {entry['bwd']}")
     try:
         return NodeCost(
             entry["fwd"] * unit_ms,

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipecompile.errors import CostError
+from pipecompile.ir.json_text import LARGEST, parse, shortened
 from pipecompile.ir.partition import CostGraph, CostNode, CostTensor, Parameter
 
 Edge = tuple[int, int]
@@ -39,15 +39,14 @@ class CostFile:
 def read_cost_graph(path: str | Path) -> CostFile:
     """Read a graph; CostError says what is wrong with it, and where in the file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CostError(f"the cost graph {str(path)!r} cannot be read: {error}") from error
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise CostError(
+            f"the cost graph {str(path)!r} cannot be read: {error.strerror}; give the path of one"
+        ) from error
+    whole = parse(content, f"the cost graph {str(path)!r}", CostError, "mend it")
     try:
-        return parse_cost_graph(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise CostError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise CostError(f"{path}: not a cost graph: nested too deep") from error
+        return parse_cost_graph(whole)
     except CostError as error:
         raise CostError(f"{path}: {error}") from error
 
@@ -119,18 +118,18 @@ def _get(whole: Any, key: str, kind: type, where: str, default: Any = None) -> A
         raise CostError(f"{where} is {type(whole).__name__}, expected an object with {key!r}")
     value = whole.get(key, default)
     if value is None:
-        raise CostError(f"{where} has no {key!r}; expected {'/'.join(whole) or 'nothing'} and {key}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        raise CostError(f"{where} has no {key!r}; expected {'/'.join(map(str, whole))[:200] or 'nothing'} and {key}")
+    if kind is float and type(value) is int and abs(value) < LARGEST:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise CostError(f"{where}: {key!r} is {value!r}, expected {kind.__name__}")
+        raise CostError(f"{where}: {key!r} is {shortened(value)}, expected {kind.__name__}")
     return value
 
 
 def _size(whole: Any, key: str, where: str, default: int | None = None) -> int:
     value = _get(whole, key, float, where, default)
-    if not (value >= 0 and math.isfinite(value)):
-        raise CostError(f"{where}: {key!r} is {value}, expected a number of bytes >= 0")
+    if not 0 <= value < LARGEST:
+        raise CostError(f"{where}: {key!r} is {value}, expected a number of bytes >= 0 and below {LARGEST}")
     return int(value)
 
 
@@ -161,7 +160,7 @@ def _node(whole: Any, k: int) -> tuple[int, CostNode]:
 
 def _edge(edge: Any, k: int) -> Edge:
     if not (isinstance(edge, list) and len(edge) == 2 and all(type(end) is int for end in edge)):
-        raise CostError(f"edges[{k}] is {edge!r}, expected two node ids [u, v]")
+        raise CostError(f"edges[{k}] is {shortened(edge)}, expected two node ids [u, v]")
     return edge[0], edge[1]
 
 
@@ -170,10 +169,10 @@ def _tensor(whole: Any, k: int) -> CostTensor:
     source = _get(whole, "src", int, where)
     targets = _get(whole, "dst", list, where)
     if not all(type(v) is int for v in targets):
-        raise CostError(f"{where}: 'dst' is {targets!r}, expected a list of node ids")
+        raise CostError(f"{where}: 'dst' is {shortened(targets)}, expected a list of node ids")
     kind = _get(whole, "kind", str, where, "F")
     if kind not in ("F", "B"):
-        raise CostError(f"{where}: 'kind' is {kind!r}, expected 'F' (activation) or 'B' (gradient)")
+        raise CostError(f"{where}: 'kind' is {shortened(kind)}, expected 'F' (activation) or 'B' (gradient)")
     name = str(whole.get("name", f"{kind}{source}"))
     gradient = _size(whole, "gradient_bytes", where, 0)
     return CostTensor(name, source, tuple(targets), _size(whole, "bytes", where), gradient, kind)

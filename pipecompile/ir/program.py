@@ -8,8 +8,11 @@ from typing import Any
 
 from pipecompile.errors import ProgramError, ScheduleError
 from pipecompile.ir.graph import Spec
+from pipecompile.ir.json_text import Reader, shortened
 
 PROGRAM_VERSION = 1
+MOST_FORWARDS = 10_000_000
+"""Stages times microbatches of the largest program that is made or read: it has one instruction and more for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,14 @@ class Shape:
 
     def __post_init__(self) -> None:
         for what in ("stages", "ranks", "microbatches"):
-            if getattr(self, what) < 1:
-                raise ScheduleError(f"{what} is {getattr(self, what)}, expected at least 1")
+            number = getattr(self, what)
+            if type(number) is not int or number < 1:
+                raise ScheduleError(f"{what} is {shortened(number)}, expected at least 1")
+        if self.stages * self.microbatches > MOST_FORWARDS:
+            raise ScheduleError(
+                f"{shortened(self.stages)} stages times {shortened(self.microbatches)} microbatches are more than "
+                f"{MOST_FORWARDS:,} forwards, the largest program that is unrolled; use fewer microbatches in a step"
+            )
         if self.stages % self.ranks:
             near = max(1, (2 * self.stages + self.ranks) // (2 * self.ranks)) * self.ranks
             raise ScheduleError(
@@ -33,8 +42,12 @@ class Shape:
             )
         if not self.placement:
             object.__setattr__(self, "placement", tuple(s % self.ranks for s in range(self.stages)))
-        if len(self.placement) != self.stages or set(self.placement) != set(range(self.ranks)):
-            raise ScheduleError(f"placement {self.placement} does not give {self.stages} stages to {self.ranks} ranks")
+        whole = all(type(rank) is int for rank in self.placement)
+        if not whole or len(self.placement) != self.stages or set(self.placement) != set(range(self.ranks)):
+            raise ScheduleError(
+                f"placement {shortened(self.placement)} does not give {self.stages} stages to {self.ranks} ranks; expected a "
+                f"rank from 0 to {self.ranks - 1} for each stage, and every rank"
+            )
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         return tuple(s for s, r in enumerate(self.placement) if r == rank)
@@ -68,7 +81,17 @@ class Instruction:
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
-            raise ProgramError(f"unknown op {self.op!r}; expected one of {', '.join(OPS)}")
+            raise ProgramError(f"unknown op {shortened(self.op)}; expected one of {', '.join(OPS)}")
+        numbers = (self.stage, self.microbatch, self.peer, self.version)
+        if not all(type(number) is int and number >= -1 for number in numbers):
+            raise ProgramError(
+                f"{self.op} has stage, microbatch, peer and version {shortened(numbers)}; expected whole numbers"
+            )
+        if not all(type(name) is str for name in self.values) or not all(type(peer) is int for peer in self.peers):
+            raise ProgramError(
+                f"{self.op} has the values {shortened(self.values)} and peers {shortened(self.peers)}; expected names and "
+                "stages"
+            )
 
     def __str__(self) -> str:
         if self.op in COMPUTE:
@@ -135,30 +158,47 @@ class Program:
         }
 
     @staticmethod
-    def from_json(whole: Mapping[str, Any]) -> Program:
-        """Read what ``to_json`` gives; ProgramError names what is malformed."""
-        if whole.get("version") != PROGRAM_VERSION:
-            raise ProgramError(f"program version {whole.get('version')!r}, expected {PROGRAM_VERSION}; compile again")
+    def from_json(whole: Any) -> Program:
+        """Read what ``to_json`` gives; ProgramError names the place of what is malformed."""
+        read, where = Reader(ProgramError, defaults=True), "program.json"
+        version = read.object(whole, where).get("version")
+        if version != PROGRAM_VERSION:
+            raise ProgramError(f"program version {shortened(version)}, expected {PROGRAM_VERSION}; compile again")
+        found = read.fields_of(_File, whole, where, ignored=("version",))
+        rows = found.pop("programs")
         try:
-            shape = Shape(whole["stages"], whole["ranks"], whole["microbatches"], tuple(whole["placement"]))
-            rows = tuple(
-                tuple(
-                    Instruction(
-                        op=one["op"],
-                        stage=one["stage"],
-                        microbatch=one.get("microbatch", -1),
-                        peer=one.get("peer", -1),
-                        values=tuple(one.get("values", ())),
-                        peers=tuple(one.get("peers", ())),
-                        version=one.get("version", -1),
-                    )
-                    for one in row
-                )
-                for row in whole["programs"]
-            )
-            return Program(whole["schedule"], shape, rows)
-        except (KeyError, TypeError) as error:
-            raise ProgramError(f"the program is malformed at {error}; compile again") from error
+            placement = found["placement"] or (-1,)
+            shape = Shape(found["stages"], found["ranks"], found["microbatches"], placement)
+        except ScheduleError as error:
+            raise ProgramError(f"{where}: {error}; compile again") from error
+        return Program(
+            found["schedule"],
+            shape,
+            tuple(
+                tuple(_instruction(read, one, f"{where}: programs[{rank}][{at}]") for at, one in enumerate(row))
+                for rank, row in enumerate(rows)
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """The keys of program.json besides its version."""
+
+    schedule: str
+    stages: int
+    ranks: int
+    microbatches: int
+    placement: tuple[int, ...]
+    programs: tuple[tuple[Any, ...], ...]
+
+
+def _instruction(read: Reader, whole: Any, where: str) -> Instruction:
+    found = read.fields_of(Instruction, whole, where)
+    try:
+        return Instruction(**found)
+    except ProgramError as error:
+        read.refuse(where, f"is wrong: {error}")
 
 
 @dataclass(frozen=True, slots=True)

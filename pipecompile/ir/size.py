@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from pipecompile.errors import BuildError
+from pipecompile.ir.json_text import shortened
 
 BATCH, SEQUENCE = "batch", "sequence"
 """Rows of a microbatch, and how many tokens each has; further lengths are ``sequence_2`` and so on."""
@@ -68,11 +69,10 @@ def with_size_texts(whole: Any) -> Any:
 
 def read_size(whole: Any, sizes: Mapping[str, int]) -> int:
     """A size of a structure that ``with_size_texts`` gave; BuildError if it is malformed."""
-    if isinstance(whole, str):
-        return Size(evaluate(whole, sizes), whole)
-    if type(whole) is not int:
-        raise BuildError(f"{whole!r} is no size, expected a whole number or an expression such as '4*batch'")
-    return whole
+    value = evaluate(whole, sizes) if isinstance(whole, str) else whole
+    if type(value) is not int:
+        raise BuildError(f"{shortened(whole)} is no size, expected a whole number or an expression such as '4*batch'")
+    return Size(value, whole) if isinstance(whole, str) else value
 
 
 def evaluate(text: str, values: Mapping[str, Any]) -> Any:
@@ -103,6 +103,8 @@ def evaluate(text: str, values: Mapping[str, Any]) -> Any:
         return walk(_parsed(text))
     except ZeroDivisionError as error:
         raise BuildError(f"{text[:200]!r} divides by zero where {dict(values)}; compile again") from error
+    except (RecursionError, OverflowError, ValueError, TypeError) as error:
+        raise BuildError(f"{text[:200]!r} has no value where {dict(values)}: {error}; compile again") from error
 
 
 def _extreme(name: str, parts: list[Any]) -> Any:
