@@ -38,6 +38,8 @@ from pipecompile.runtime import RankRuntime, connect
 from pipecompile.simulate import simulate
 
 RANKS, BLOCKS = 2, 4
+IN_A_ROW = 5
+"""Steps of one runtime before it is the other's turn: each first one finds caches that the other has emptied."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def work(rank: int, kind: str, port: int, end: Any) -> None:
             runner = RUNNERS[kind](rank, schedule, size, microbatches)
             end.send(None)
         elif question == "step":
-            end.send(seconds(runner, batch))
+            end.send([seconds(runner, batch) for _ in range(IN_A_ROW)])
         elif question == "show gradients":
             end.send({name: value.numpy() for name, value in runner.gradients().items()})
         elif question == "tell the ideal":
@@ -267,12 +269,11 @@ def seconds(runner: Ours | Torchs, batch: dict[str, Tensor]) -> float:
 def measure(pairs: dict[str, Pair], schedule: str, name: str, microbatches: int, steps: int) -> dict[str, Any]:
     for pair in pairs.values():
         pair.ask("make", schedule, name, microbatches)
-        for _ in range(3):
-            pair.ask("step")
+        pair.ask("step")
     gradients = {kind: pair.ask("show gradients") for kind, pair in pairs.items()}
     compare(gradients["ours"], gradients["torch"])
     compare(gradients["gloo"], gradients["torch"])
-    times = [{kind: max(pair.ask("step")) for kind, pair in pairs.items()} for _ in range(steps)]
+    times = [{kind: statistics.median(pair.ask("step")[0]) for kind, pair in pairs.items()} for _ in range(steps)]
     return {
         "schedule": schedule,
         "size": name,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -21,16 +22,21 @@ def split(batch: Any, microbatches: int, uneven: bool = False) -> list[Any]:
     """
     tensors = [(name, leaf) for name, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim()]
     rows, more = divmod(_rows(tensors, microbatches, uneven), microbatches)
+    sizes = [rows + (index < more) for index in range(microbatches)]
+    shares = {id(tensor): _shares(tensor, sizes) for _, tensor in tensors}
 
     def share(index: int) -> Callable[[Any], Any]:
-        def of(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.dim():
-                return leaf.narrow(0, index * rows + min(index, more), rows + (index < more))
-            return leaf
-
-        return of
+        return lambda leaf: shares[id(leaf)][index] if id(leaf) in shares else leaf
 
     return [rebuild(batch, share(index)) for index in range(microbatches)]
+
+
+def _shares(tensor: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Rows of a tensor, in turn; a stage may change its share in place, which autograd forbids for the views of ``split``."""
+    if tensor.requires_grad:
+        starts = accumulate(sizes, initial=0)
+        return [tensor.narrow(0, start, size) for start, size in zip(starts, sizes)]
+    return tensor.unsafe_split_with_sizes(sizes)
 
 
 def _rows(tensors: list[tuple[str, Tensor]], microbatches: int, uneven: bool) -> int:
