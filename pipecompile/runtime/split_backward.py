@@ -92,10 +92,10 @@ def _prepare(
     while True:
         if structure is None or nodes is None:
             structure, nodes = read(roots, leaves)
+            if structure.whole or not _worth(structure, known.always):
+                known.structure, known.pause = None, PAUSE
+                return [], []
             known.structure = structure
-        if structure.whole or not _worth(structure, known.always):
-            known.structure, known.pause = None, PAUSE
-            return [], []
         others = [structure.parameters[number] for number in structure.others]
         if hooked(others):
             return [], []
