@@ -5,7 +5,10 @@ The stages that come late in the drain sum their gradients while the others stil
     rank 0   … 0B2            0RECV_B3<1 0B3 0REDUCE_REPLICAS
     rank 1   … 1B2 1B3 1SEND_B3>0 1REDUCE_REPLICAS
 
-A sum stands behind the sends that follow the stage's last backward, for which another rank waits. O(instructions).
+A sum stands behind the sends that follow the stage's last backward, for which another rank waits. Where weights are
+updated inside the step, each update sums the gradients of its group over the replicas first, so the program stays as it
+is: replicas run the same one, so the n-th update of a rank meets the n-th of its replicas, and whatever order brings one
+replica to its end brings all of them there side by side. O(instructions).
 """
 
 from __future__ import annotations
@@ -21,12 +24,11 @@ def for_replicas(program: Program, replicas: int) -> Program:
     """The program that each of ``replicas`` runs; the same one if there is one only."""
     if replicas < 1:
         raise ScheduleError(f"replicas is {replicas}, expected at least 1")
-    if replicas > 1 and updates(program.rows):
-        raise ScheduleError(
-            f"{program.schedule} updates weights inside a step and is not run in replicas; use one replica, or a schedule "
-            "that flushes, such as 1f1b"
-        )
-    return program if replicas == 1 else replace(program, rows=tuple(map(_with_sums, program.rows)))
+    return (
+        program
+        if replicas == 1 or updates(program.rows)
+        else replace(program, rows=tuple(map(_with_sums, program.rows)))
+    )
 
 
 def _with_sums(row: tuple[Instruction, ...]) -> tuple[Instruction, ...]:

@@ -73,10 +73,10 @@ def compile(
     Raises CaptureError, PartitionError, ScheduleError, CostError, MemoryLimitError, BatchError or VerificationError.
     """
     device = machine if isinstance(machine, Machine) else find_machine(machine or "cpu")
-    if schedule in VERSIONED and (recompute != "none" or gradient_dtype):
+    if schedule in VERSIONED and gradient_dtype:
         raise ScheduleError(
-            f"{schedule} updates weights while it runs, which goes with neither recompute nor gradient_dtype; leave them "
-            "out, or choose another schedule"
+            f"{schedule} updates weights while it runs, which does not go with gradient_dtype: masters are rounded to "
+            "parameters between steps; leave it out, or choose another schedule"
         )
     options = Options(
         stages=stages,

@@ -56,7 +56,7 @@ class Pipe(Part):
         seed: int = 0,
     ) -> None:
         super().__init__(files, model, local)
-        check_mean(self.program, self.plan.weight)
+        check_mean(self.program, self.plan, self._world.replicas)
         self.loss = loss
         if len(self._stages) == len(self.plan.stages):
             self.plan = replace(self.plan, rehearse=at_other_sizes(self._stages))

@@ -10,15 +10,35 @@ from torch import nn
 
 from pipecompile.errors import BuildError, ScheduleError
 from pipecompile.ir import Program
-from pipecompile.ir.versions import updates
+from pipecompile.ir.versions import group_ends, updates
+from pipecompile.plan import Plan
 
 
-def check_mean(program: Program, weight: str) -> None:
-    """ScheduleError if the loss is a sum over a weight that is known only when all microbatches are over."""
-    if weight and updates(program.rows):
+def check_mean(program: Program, plan: Plan, replicas: int) -> None:
+    """ScheduleError if an update needs the weight of a loss before it is there.
+
+    Where each microbatch has an update of its own, its loss is its own sum over its own weight. A group's weight is known
+    only after the first of its backwards, and another stage's weight not where the loss's backward begins.
+    """
+    if not plan.weight or not updates(program.rows):
+        return
+    if len(group_ends(program.rows)) < program.shape.microbatches:
         raise ScheduleError(
-            f"{program.schedule} updates weights before the last microbatch, so it cannot divide by the weight of all of "
-            "them; give a loss function that returns a mean, or use a schedule that flushes, such as 1f1b"
+            f"{program.schedule} updates weights after several microbatches, whose first backward runs before the weight "
+            "of all of them is known; give a loss function that returns a mean, use pipedream, which updates after each, "
+            "or a schedule that flushes, such as 1f1b"
+        )
+    if replicas > 1:
+        raise ScheduleError(
+            f"{program.schedule} sums the gradients of each microbatch over {replicas} replicas, but divides by the weight of "
+            "its own one; give a loss function that returns a mean, use one replica, or a schedule that flushes"
+        )
+    makers = [{s.index for s in plan.stages for port in s.outputs if port.name == n} for n in (plan.loss, plan.weight)]
+    ranks = [{program.shape.placement[stage] for stage in stages} for stages in makers]
+    if ranks[0] != ranks[1]:
+        raise ScheduleError(
+            f"{program.schedule} divides each microbatch's loss by its own weight, but stage {min(makers[0])} makes the loss "
+            f"and stage {min(makers[1])} the weight, on another rank; compute the weight from what the loss is computed from"
         )
 
 

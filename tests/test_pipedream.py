@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from pipecompile.passes.symbols import SYMBOLS, closed_forms
 from pipecompile.passes.torch_csv import write_csv
 from pipecompile.passes.verify import verify
 from pipecompile.simulate import simulate
+from pipecompile.updating import check_mean
 from tests.asynchronous import RULES, train
 from tests.models import mlp
+from tests.runtime.processes import run
 
 SIZES = [(p, m) for p in (1, 2, 4, 8, 16) for m in sorted({*range(1, p + 2), 2 * p - 1, 2 * p, 3 * p + 1, 4 * p})]
 UPDATING = tuple(RULES)
@@ -190,11 +193,6 @@ def test_what_a_user_must_give(tmp_path: Any) -> None:
     with pytest.raises(ScheduleError, match=r"none of this pipe's parameters; make it of pipe.parameters\(\)"):
         pipe.step(batch, foreign)
     optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
-    hook = pipe.parameters()[0].register_hook(lambda gradient: None)
-    with pytest.raises(RuntimeFault, match=r"a parameter of shape \(32, 32\) has a hook, .*; take the hook off, or"):
-        pipe.step(batch, optimizer)
-    hook.remove()
-    pipe.step(batch, optimizer)
     with pytest.raises(ScheduleError, match="pipedream updates weights inside a step, which torch's pipelining has no"):
         write_csv(make_timetable("pipedream", Shape(2, 2, 4)), tmp_path / "x.csv")
     flushing = pipecompile.compile(model, batch, stages=2, microbatches=4, **options)
@@ -203,23 +201,105 @@ def test_what_a_user_must_give(tmp_path: Any) -> None:
         flushing.step(batch, optimizer)
 
 
-def test_replicas_are_refused() -> None:
-    program = communicate(make_timetable("pipedream", Shape(2, 2, 4)), chain(2))
-    with pytest.raises(
-        ScheduleError, match="pipedream updates weights inside a step and is not run in replicas; use one"
-    ):
-        for_replicas(program, 2)
+def masked(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A sum and its weight, which differs from microbatch to microbatch."""
+    kept = (batch[1] > 0.2).to(batch[1].dtype)
+    return (F.mse_loss(model(batch[0]), batch[1], reduction="none") * kept).sum(), kept.sum()
 
 
-def test_a_sum_over_a_weight_is_refused() -> None:
+def masked_mean(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    value, weight = masked(model, batch)
+    return value / weight
+
+
+def beside_the_oracle(loss: Any, mean: Any, **options: Any) -> float:
+    """The largest difference of a weight between two stages of a pipeline and the oracle, both with hooks."""
+    model, batch = make_checkpointed(reentrant=False)
+    unsplit, _ = make_checkpointed(reentrant=False)
+    pipe = pipecompile.compile(
+        model,
+        batch,
+        stages=2,
+        microbatches=8,
+        schedule="pipedream",
+        loss=loss,
+        costs="estimate",
+        check=False,
+        **options,
+    )
+    held = {key: stage for stage in range(2) for key in pipe.plan.holds[stage]}
+    seen: tuple[list[float], list[float]] = [], []
+    for which, notes in zip((model, unsplit), seen):
+        for p in which.parameters():
+            p.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+            p.register_post_accumulate_grad_hook(lambda p, notes=notes: notes.append(float(p.grad.norm())))
+    pipe.step(batch, torch.optim.SGD(pipe.parameters(), lr=0.5))
+    rule, _ = RULES["pipedream"]
+    train(unsplit, batch, mean, torch.optim.SGD(unsplit.parameters(), lr=0.5), 8, held, 2, rule, 1)
+    mine = {id(p) for p in pipe.parameters()}
+    if len(mine) == len(list(model.parameters())):
+        assert sorted(seen[0]) == pytest.approx(sorted(seen[1]), rel=1e-4, abs=1e-7)
+    whole = dict(unsplit.named_parameters())
+    return max(float((p - whole[key]).detach().abs().max()) for key, p in model.named_parameters() if id(p) in mine)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "hooks": {"loss": distance, "mean": distance},
+    "a sum over a weight": {"loss": masked, "mean": masked_mean},
+    "stages computed again": {"loss": distance, "mean": distance, "recompute": "stage"},
+    "calls computed again": {"loss": masked, "mean": masked_mean, "recompute": "calls"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hooks_weights_and_recomputation_are_those_of_one_microbatch(case: str) -> None:
+    assert beside_the_oracle(**CASES[case]) <= 1e-7
+
+
+def in_processes(rank: int) -> dict[str, float]:
+    from pipecompile.runtime import connect
+
+    connect(timeout_s=60)
+    return {case: beside_the_oracle(**options) for case, options in CASES.items()}
+
+
+def test_the_same_in_two_processes() -> None:
+    for answer in run(in_processes, 2):
+        assert isinstance(answer, dict), answer
+        assert all(error <= 1e-7 for error in answer.values()), answer
+
+
+def test_a_loss_whose_weight_comes_too_late_is_refused() -> None:
     model, batch, _ = mlp()
-
-    def weighted(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        return F.mse_loss(model(batch[0]), batch[1], reduction="sum"), (batch[1] > 0).sum()
-
+    options = {"stages": 2, "microbatches": 4, "costs": "estimate", "check": False}
     with pytest.raises(
-        ScheduleError, match="before the last microbatch, so it cannot divide by the weight of all of them"
+        ScheduleError, match="whose first backward runs before the weight of all of them is known; give a"
     ):
-        pipecompile.compile(
-            model, batch, stages=2, microbatches=4, schedule="pipedream", loss=weighted, costs="estimate", check=False
-        )
+        pipecompile.compile(model, batch, schedule="pipedream-2bw", loss=masked, **options)
+    pipe = pipecompile.compile(model, batch, schedule="pipedream", loss=masked, **options)
+    with pytest.raises(ScheduleError, match="over 2 replicas, but divides by the weight of its own one; give a loss"):
+        check_mean(pipe.program, pipe.plan, replicas=2)
+    first, last = pipe.plan.stages
+    weight = next(port for port in last.outputs if port.name == pipe.plan.weight)
+    rest = tuple(port for port in last.outputs if port != weight)
+    moved = replace(first, outputs=(*first.outputs, weight)), replace(last, outputs=rest)
+    with pytest.raises(ScheduleError, match="stage 1 makes the loss and stage 0 the weight, on another rank; compute"):
+        check_mean(pipe.program, replace(pipe.plan, stages=moved), replicas=1)
+
+
+def test_a_hook_that_would_see_a_mean_is_refused() -> None:
+    model, batch, loss = mlp()
+    pipe = pipecompile.compile(
+        model, batch, stages=2, microbatches=4, schedule="pipedream-2bw", loss=loss, costs="estimate", check=False
+    )
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
+    hook = pipe.parameters()[0].register_hook(lambda gradient: None)
+    with pytest.raises(RuntimeFault, match=r"a parameter of shape \(32, 32\) has a hook, .*; take the hook off, or"):
+        pipe.step(batch, optimizer)
+    hook.remove()
+    pipe.step(batch, optimizer)
+
+
+def test_replicas_run_the_same_program() -> None:
+    program = communicate(make_timetable("pipedream", Shape(2, 2, 4)), chain(2))
+    assert for_replicas(program, 2) == program, "an update sums over replicas itself"

@@ -53,6 +53,7 @@ def check(process: int, name: str) -> dict[str, Any]:
             optimizer.step()
     model.eval()
     return {
+        "updating": updating(name),
         "where": (pipe.replica, pipe.rank),
         "sums": str(pipe.program).count("REDUCE_REPLICAS"),
         "losses": losses,
@@ -63,6 +64,29 @@ def check(process: int, name: str) -> dict[str, Any]:
     }
 
 
+def updating(name: str) -> float:
+    """This process's largest relative error after a step of pipedream: each update is that of the replicas' mean."""
+    import pipecompile
+    from tests.asynchronous import RULES, train
+    from tests.models import MODELS
+
+    model, batch, loss = MODELS[name]()
+    unsplit = copy.deepcopy(model)
+    pipe = pipecompile.compile(
+        model, batch, stages=2, microbatches=4, loss=loss, costs="estimate", check=False, schedule="pipedream"
+    )
+    batches = [batch, {key: value.roll(1, -1) for key, value in batch.items()}]
+    pipe.step(batches[pipe.replica], torch.optim.SGD(pipe.parameters(), lr=0.1))
+    both = {key: torch.cat([p for pair in zip(*(b[key].chunk(4) for b in batches)) for p in pair]) for key in batch}
+    tensors = dict(model.named_parameters())
+    held = {key: stage for stage in (1, 0) for key in pipe.plan.holds[stage] if key in tensors}
+    rule, _ = RULES["pipedream"]
+    train(unsplit, both, loss, torch.optim.SGD(unsplit.parameters(), lr=0.1), 4, held, 2, rule, 1)
+    mine = {id(p) for p in pipe.parameters()}
+    pairs = [(p, unsplit.get_parameter(key)) for key, p in tensors.items() if id(p) in mine]
+    return max(float((got - value).norm() / value.norm()) for got, value in pairs)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_two_replicas_train_as_one_process(name: str) -> None:
     answers = run(check, 4, name)
@@ -71,6 +95,7 @@ def test_two_replicas_train_as_one_process(name: str) -> None:
         assert answer["where"] == divmod(process, 2)
         assert answer["sums"] == 2
         assert answer["error"] <= BAR
+        assert answer["updating"] <= BAR
         for got, expected in (*answer["losses"], *answer["norms"]):
             assert got == pytest.approx(expected, rel=1e-5)
         assert answer["evaluated"] == answers[0]["evaluated"]

@@ -105,6 +105,7 @@ class Executor:
         self._microbatches: Sequence[Any] = ()
         self._seed: Tensor | None = None
         self._scale: Tensor | None = None
+        self._weight_of: dict[int, Tensor] = {}
 
     def wired(self, row: Row) -> list[Step]:
         """The steps of the row, or of the same one at other sizes: what ``steps`` may be set to."""
@@ -113,10 +114,14 @@ class Executor:
             for position, (one, operand) in enumerate(zip(row.instructions, row.operands))
         ]
 
-    def weigh(self, microbatches: int) -> None:
-        """The next backward begins with the gradient of a mean over so many microbatches."""
+    def weigh(self, group: Sequence[int], replicas: int) -> None:
+        """The next backward begins with the gradient of the mean over the microbatches of ``group`` of all replicas, by
+        their weights if they have some."""
         if self.losses is not None:
-            self._seed = torch.ones_like(self.losses) / microbatches
+            weights = [self._weight_of[m] for m in group] if self._weight_of else []
+            self._seed = torch.ones_like(self.losses) / (
+                sum(weights[1:], weights[0]) if weights else len(group) * replicas
+            )
 
     def begin(self, microbatches: Sequence[Any], scale: Tensor | None = None) -> None:
         """Forget the last step; ``microbatches`` are the next one's, whose gradients are made ``scale`` times as large."""
@@ -124,10 +129,11 @@ class Executor:
         self._scale = scale
         self._microbatches = microbatches
         self.losses = self.weights = self._seed = None
+        self._weight_of = {}
 
     def end(self) -> None:
         """Keep nothing alive between steps."""
-        self._slots, self._microbatches, self._seed = [], (), None
+        self._slots, self._microbatches, self._seed, self._weight_of = [], (), None, {}
         self.losses = self.weights = None
 
     def _take(self, slot: int) -> Any:
@@ -162,6 +168,7 @@ class Executor:
                 if result.loss:
                     loss_edge = self._add_loss(op, output)
                 if result.weight:
+                    self._weight_of[op.microbatch] = output.detach()
                     self.weights = output.detach() if self.weights is None else self.weights + output.detach()
         self._slots[op.kept] = (leaves, edges, loss_edge)
 

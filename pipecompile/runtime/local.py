@@ -63,7 +63,7 @@ class LocalRuntime:
             )
             for rank in range(program.shape.ranks)
         ]
-        self._versions = Versions(program, stages, found, None) if updates(program.rows) else None
+        self._versions = Versions(program, stages, found) if updates(program.rows) else None
         if self._versions is not None:
             for executor in self._ranks:
                 executor.steps = self._versions.steps(executor)

@@ -117,7 +117,12 @@ class RankRuntime:
         }
         self._executor = Executor(row, self._channels, reduce, self._microbatches * world.replicas, not weight)
         everything = [list(stage.parameters()) for stage in stages.values()]
-        self._versions = Versions(program, stages, found, self._shared_sums.now) if updates(program.rows) else None
+        over_replicas = self._replica_sums.now if world.replicas > 1 else None
+        self._versions = (
+            Versions(program, stages, found, self._shared_sums.now, over_replicas, world.replicas)
+            if updates(program.rows)
+            else None
+        )
         if self._versions is not None:
             self._executor.steps = self._versions.steps(self._executor)
         several = everything if weight or self._versions is not None or world.replicas > 1 else shared.values()

@@ -79,7 +79,7 @@ def trains(program: Program) -> bool:
     ops = {one.op for row in program.rows for one in row}
     if not ops & {"BACKWARD", "BACKWARD_WEIGHT"}:
         return False
-    if "REDUCE_REPLICAS" not in ops:
+    if not ops & {"REDUCE_REPLICAS", "UPDATE"}:
         raise ProgramError("the program sums no gradients over replicas; make it with passes.replicas.for_replicas")
     return True
 
@@ -109,7 +109,15 @@ class ReplicaSums:
 
     def start(self, stage: int) -> None:
         """Start the sums of a stage; its gradients become parts of what is summed."""
-        for parameters in _buckets(self._parameters[stage]):
+        self._start(self._parameters[stage])
+
+    def now(self, parameters: Sequence[Tensor]) -> None:
+        """Sum the gradients of some parameters, and wait for that."""
+        self._start([p for p in parameters if p.requires_grad])
+        self.finish()
+
+    def _start(self, summed: Sequence[Tensor]) -> None:
+        for parameters in _buckets(summed):
             flat = _flatten(parameters)
             work = dist.all_reduce(flat, group=self._group, async_op=True)
             self._started.append((work, parameters, flat[-len(parameters) :]))

@@ -29,6 +29,8 @@ from pipecompile.runtime.wiring import Backward, Forward, Update
 
 SumOverRanks = Callable[[Tensor, tuple[int, ...]], None]
 """Adds, in place, what the ranks have for one gradient."""
+SumOverReplicas = Callable[[Sequence[Tensor]], None]
+"""Adds what the replicas of this rank have to the gradients of some parameters."""
 Place = tuple[dict[str, Any], str, int]
 """Where a module keeps a parameter: the module's table, the name in it, the parameter's place in its line."""
 
@@ -77,8 +79,14 @@ class Line:
             if not self._left[version]:
                 del self._kept[version]
 
-    def update(self, optimizer: torch.optim.Optimizer, add: Callable[[Tensor], None] | None) -> None:
-        """The next version, by the gradients of the next group; ``add`` adds those of other ranks."""
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        add: Callable[[Tensor], None] | None,
+        over_replicas: SumOverReplicas | None,
+    ) -> None:
+        """The next version, by the gradients of the next group; ``add`` adds those of other ranks, and of their replicas,
+        ``over_replicas`` those of this rank's."""
         gradients = self._gradients.pop(self.newest, [None] * len(self.parameters))
         if self._shared:
             gradients = self._whole(gradients, add)
@@ -88,6 +96,12 @@ class Line:
                 p.data = p.data.clone()
         for p, gradient in zip(self.parameters, gradients):
             p.grad = gradient
+        if add is None and over_replicas is not None:
+            over_replicas(self.parameters)
+        for p in self.parameters:
+            if (gradient := p.grad) is not None and has_hooks(p):
+                p.grad = None
+                torch.autograd.backward([p], [gradient])  # of a leaf: its hooks see the gradient
         optimizer.step()
         for p in self.parameters:
             p.grad = None
@@ -107,11 +121,18 @@ class Versions:
     """The lines of the stages that run in this process, and the handlers that use them."""
 
     def __init__(
-        self, program: Program, stages: Mapping[int, nn.Module], plans: Plans, sum_over_ranks: SumOverRanks | None
+        self,
+        program: Program,
+        stages: Mapping[int, nn.Module],
+        plans: Plans,
+        sum_over_ranks: SumOverRanks | None = None,
+        sum_over_replicas: SumOverReplicas | None = None,
+        replicas: int = 1,
     ) -> None:
         self._optimizer: torch.optim.Optimizer | None = None
-        self._sum = sum_over_ranks
+        self._sum, self._over_replicas, self._replicas = sum_over_ranks, sum_over_replicas, replicas
         self._ends = group_ends(program.rows)
+        self._microbatches = program.shape.microbatches
         self._read = versions_read(program.rows)
         names = {name for plan in plans.values() for name in plan.shared}
         self._first = {name: min(plan.index for plan in plans.values() if name in plan.shared) for name in names}
@@ -154,10 +175,11 @@ class Versions:
         for line in self._lines.values():
             line.begin()
             for p in line.parameters:
-                if p._backward_hooks or p._post_accumulate_grad_hooks:
+                if len(self._ends) < self._microbatches and has_hooks(p):
                     raise RuntimeFault(
-                        f"a parameter of shape {tuple(p.shape)} has a hook, which would see the gradients of stand-ins "
-                        "for older versions of it; take the hook off, or compile with a schedule that flushes"
+                        f"a parameter of shape {tuple(p.shape)} has a hook, which would see the mean of several "
+                        "microbatches' gradients, not each of them; take the hook off, or compile with pipedream, which "
+                        "updates after each, or with a schedule that flushes"
                     )
 
     def steps(self, executor: Executor) -> list[Step]:
@@ -177,10 +199,10 @@ class Versions:
             return replace(step, handler=forward)
         if one.op.startswith("BACKWARD"):
             group = group_of(self._ends, one.microbatch)
-            count, last = len(members(self._ends, group)), one.op in LAST
+            together, last = members(self._ends, group), one.op in LAST
 
             def backward(op: Backward) -> None:
-                executor.weigh(count)
+                executor.weigh(together, self._replicas)
                 with self._reading(op.index, op.microbatch), self._collecting(op.index, op.microbatch, group, last):
                     inner(op)
 
@@ -223,7 +245,12 @@ class Versions:
             add = None
             if self._sum is not None and len(op.ranks) > 1:
                 add = _bound(self._sum, op.ranks)
-            line.update(self._optimizer, add)
+            line.update(self._optimizer, add, self._over_replicas)
+
+
+def has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether somebody looks at, or changes, the gradients of a parameter."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _bound(sum_over_ranks: SumOverRanks, ranks: tuple[int, ...]) -> Callable[[Tensor], None]:
