@@ -11,7 +11,8 @@ max(0, t - (p-s) + 1) of the stage's weights, the newest there is, and its backw
 
     w_s(t+1) = w_s(t) - rate * gradient_s of the loss at (w_0(t-p+1), ..., w_s(t-p+1+s), ..., w_p-1(t))
 
-so early stages learn from gradients that are p-1 updates old, and the last from its own weights. A parameter that
+(a loss that is a sum over a weight is divided by microbatch t's own; over replicas the gradient is their mean), so early
+stages learn from gradients that are p-1 updates old, and the last from its own weights. A parameter that
 several stages share (tied embeddings) is one parameter with one delay, that of its first stage s: all its stages read
 version max(0, t - (p-s) + 1), and its update sums their gradients. A step of the runtime is such a run over the m
 microbatches of its batch, m updates long: it begins and ends with one version everywhere, so t and the versions count
