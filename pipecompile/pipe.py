@@ -88,7 +88,8 @@ class Pipe(Part):
 
         The loss is the mean over the microbatches, or sum / weight where the loss function returns (sum, weight).
         Sizes that the model leaves open (``plan.sizes``: rows, sequence length) may be others than the compiled ones.
-        Each replica is given a batch of its own, and loss and gradients are the mean over the microbatches of all.
+        A batch of fewer rows than microbatches is one of as many microbatches as rows. Each replica is given a batch of
+        its own, and loss and gradients are the mean over the replicas.
         For a seed, the loss and each gradient that one stage makes are those of any other cut, bit for bit. Where several
         stages make parts of a gradient (a tied parameter; what lies before a value that several stages read), each adds up
         its part over the microbatches first, which the unsplit model does within each microbatch: equal to rounding.
@@ -227,9 +228,11 @@ class Pipe(Part):
         number = max(self.steps - 1, 0) if step is None else step
         watch(model, self.plan.random)
         with own_streams():
-            batches = map(copied, (batch, *others))
-            microbatches = [m for each in batches for m in split(each, self.plan.microbatches, uneven=True)]
-            return accumulate(Step(model, self.loss), microbatches, lambda m: begin_microbatch(self.seed, number, m))
+            count = self.plan.microbatches
+            batches = [split(copied(each), count, uneven=True) for each in (batch, *others)]
+            return accumulate(
+                Step(model, self.loss), batches, lambda r, m: begin_microbatch(self.seed, number, r * count + m)
+            )
 
     def plain(self, model: nn.Module) -> Pipe:
         """The same stages of ``model`` in this process, where ``step`` leaves in ``.grad`` what can be compared with the

@@ -12,15 +12,19 @@ from torch import Tensor
 from pipecompile.capture import Step
 
 
-def accumulate(step: Step, microbatches: Sequence[Any], begin: Callable[[int], None]) -> Tensor:
-    """The loss of all microbatches; gradients are added to ``.grad``. ``begin`` is called with each one's number."""
+def accumulate(step: Step, batches: Sequence[Sequence[Any]], begin: Callable[[int, int], None]) -> Tensor:
+    """The loss of the microbatches of all replicas' batches; gradients are added to ``.grad``.
+
+    ``begin`` is called with each one's replica and number. A replica's mean counts as much as another's.
+    """
     losses: list[Tensor] = []
     weights: list[Tensor] = []
-    for index, microbatch in enumerate(microbatches):
-        begin(index)
+    pieces = [(replica, m, one) for replica, each in enumerate(batches) for m, one in enumerate(each)]
+    for replica, number, microbatch in pieces:
+        begin(replica, number)
         loss, weight, *_ = step(microbatch)
         if weight is None:
-            loss = loss / len(microbatches)
+            loss = loss / (len(batches[replica]) * len(batches))
             torch.autograd.backward([loss])
             loss = loss.detach()
         else:

@@ -145,9 +145,7 @@ class Play:
     def _run(self, stage: nn.Module, index: int, batch: Any, stand: Stand) -> Iterator[Use]:
         for split, program in enumerate(programs(self.partition)):
             row = wire(program, index, {index: stage}, by_index(self.plans, program), self.loss, self.weight)
-            executor = Executor(
-                row, stand, SUMMED_ALREADY, MICROBATCHES, not self.weight, splits_all=stand.kernels == "cuda"
-            )
+            executor = Executor(row, stand, SUMMED_ALREADY, 1, not self.weight, splits_all=stand.kernels == "cuda")
             meter = stand.meter()
             scale = Scale({index: stage}, Stopwatch(), bool(split), copies=False, meter=meter)
             with meter:

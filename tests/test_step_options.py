@@ -88,13 +88,14 @@ def uneven(rows: int = 10) -> dict[str, Tensor]:
 
 
 def accumulate(model: nn.Module, batch: Any, loss: Any) -> Tensor:
-    """On the unsplit model, over the microbatches that torch.tensor_split gives; token means over all."""
+    """On the unsplit model, over the microbatches with rows that torch.tensor_split gives; token means over all."""
     parts = [dict(zip(batch, row)) for row in zip(*(t.tensor_split(MICROBATCHES) for t in batch.values()))]
+    parts = [part for part in parts if len(part["words"])]
     if loss is tokens:
         pairs = [tokens(model, part) for part in parts]
         value = torch.stack([total for total, _ in pairs]).sum() / torch.stack([weight for _, weight in pairs]).sum()
     else:
-        value = torch.stack([loss(model, part) for part in parts]).sum() / MICROBATCHES
+        value = torch.stack([loss(model, part) for part in parts]).sum() / len(parts)
     value.backward()
     return value.detach()
 
@@ -104,9 +105,11 @@ def assert_uneven_is_exact(loss: Any, prepare: Any = lambda pipe: None, **option
     unsplit = copy.deepcopy(model)
     pipe = compiled(model, loss, **options)
     prepare(pipe)
-    for rows in (10, 8, 7):
+    for rows in (10, 8, 7, 3, 2, 8):
         batch = uneven(rows)
-        torch.testing.assert_close(pipe.step(batch), accumulate(unsplit, batch, loss), rtol=1e-6, atol=0)
+        value = accumulate(unsplit, batch, loss)
+        torch.testing.assert_close(pipe.evaluate(batch), value, rtol=1e-6, atol=0)
+        torch.testing.assert_close(pipe.step(batch), value, rtol=1e-6, atol=0)
         for name, p in pipe.named_parameters():
             torch.testing.assert_close(p.grad, unsplit.get_parameter(name).grad, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -125,8 +128,57 @@ def test_outputs_of_rows_that_do_not_divide() -> None:
     pipe = compiled(model, told)
     _, outputs = pipe.evaluate(uneven(), outputs=True)
     torch.testing.assert_close(outputs["scores"], model(uneven()["words"]))
-    with pytest.raises(BatchError, match="has 3 rows in dim 0, which do not divide into 4 microbatches"):
-        pipe.step(uneven(3))
+    loss, outputs = pipe.evaluate(uneven(3), outputs=True)
+    scores = model(uneven(3)["words"])
+    torch.testing.assert_close(outputs["scores"], scores)
+    right = (scores.argmax(-1) == uneven(3)["next"]).double()
+    torch.testing.assert_close(outputs["accuracy"], right.mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, F.cross_entropy(scores, uneven(3)["next"]))
+
+
+def noisy() -> Tied:
+    model = Tied()
+    for place in (3, 1):
+        model.blocks.insert(place, nn.Dropout(0.3))
+    return model
+
+
+def test_noise_of_fewer_rows_than_microbatches() -> None:
+    model = noisy()
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model, schedule="zb-h1", recompute={1: "stage", 2: "calls"})
+    for rows in (2, 8):
+        assert torch.equal(pipe.step(uneven(rows)), pipe.reference(unsplit, uneven(rows)))
+        for p, theirs in zip(model.parameters(), unsplit.parameters()):
+            torch.testing.assert_close(p.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+
+
+def replicas_take_small_batches() -> None:
+    """Each of two processes has all stages; the mean over replicas, however many rows each has been given."""
+    rank = torch.distributed.get_rank()
+    model = noisy()
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model, ranks=1, schedule="interleaved-1f1b")
+    for rows in ((3, 10), (8, 1)):
+        value = pipe.step(uneven(rows[rank]))
+        expected = pipe.reference(unsplit, uneven(rows[0]), others=[uneven(rows[1])])
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+        for name, p in pipe.named_parameters():
+            torch.testing.assert_close(p.grad, unsplit.get_parameter(name).grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_weights_that_are_updated_on_the_way_need_every_microbatch() -> None:
+    pipe = compiled(Tied(), schedule="pipedream")
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
+    with pytest.raises(BatchError, match="the batch has 3 rows, fewer than the 4 microbatches by which this program"):
+        pipe.step(uneven(3), optimizer)
+    pipe.evaluate(uneven(3))
+    pipe.step(uneven(5), optimizer)
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(BatchError, match=r"batch\['words'\] has 0 rows in dim 0.*use a batch of 4 rows"):
+        compiled(Tied()).evaluate(uneven(0))
 
 
 def test_only_tensors_can_be_told() -> None:

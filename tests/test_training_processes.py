@@ -14,6 +14,7 @@ from tests.test_step_options import (
     ranks_recompute_and_tell,
     ranks_sum_a_tied_master,
     ranks_train_masters,
+    replicas_take_small_batches,
 )
 from tests.test_training import tokens
 from tests.test_training_loops import ranks_leave_none
@@ -32,6 +33,7 @@ CASES = (
     ranks_leave_none,
     ranks_give_outputs,
     replicas_train_masters,
+    replicas_take_small_batches,
 )
 
 

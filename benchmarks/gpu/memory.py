@@ -93,7 +93,7 @@ def peak(pipe: pipecompile.Pipe, model: nn.Module, rank: int, batch: Batch, devi
     stages = {s: pipe.stage(s).to(device) for s in program.shape.stages_of(rank)}
     mail = channels_of(pipe, rank, device)
     row = wire(program, rank, stages, plans, pipe.plan.loss, pipe.plan.weight)
-    executor = Executor(row, mail, {"REDUCE_GRAD": lambda op: None}, MICROBATCHES, True)
+    executor = Executor(row, mail, {"REDUCE_GRAD": lambda op: None}, 1, True)
     optimizer = torch.optim.AdamW({id(p): p for s in stages.values() for p in s.parameters()}.values(), lr=1e-3)
     meter = meter_of(torch.device(device))
     if isinstance(meter, TensorMeter):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Instruction
@@ -66,7 +67,7 @@ def timed(step: Step, ran: list[Ran]) -> Step:
 class Executor:
     """One rank's row with its values.
 
-    ``reduce`` has the handlers of sums; with ``mean`` the loss is divided by ``microbatches``, those of all replicas.
+    ``reduce`` has the handlers of sums; with ``mean`` the loss is divided by the step's microbatches and by ``replicas``.
     With ``splits_all``, backwards that come in halves are split whatever that defers, as on an accelerator.
     """
 
@@ -75,7 +76,7 @@ class Executor:
         row: Row,
         transport: Transport,
         reduce: Mapping[str, Handler],
-        microbatches: int,
+        replicas: int,
         mean: bool,
         splits_all: bool = False,
     ) -> None:
@@ -99,7 +100,7 @@ class Executor:
         self._wholes: defaultdict[int, Summed] = defaultdict(Summed)
         self._trains = any(one.op.startswith("BACKWARD") for one in row.instructions)
         self._transport = transport
-        self._divisor = microbatches if mean else 1
+        self._replicas, self._mean, self._divisor = replicas, mean, 1
         self._empty: list[Any] = [None] * row.slots
         self._slots: list[Any] = []
         self._microbatches: Sequence[Any] = ()
@@ -124,10 +125,14 @@ class Executor:
             )
 
     def begin(self, microbatches: Sequence[Any], scale: Tensor | None = None) -> None:
-        """Forget the last step; ``microbatches`` are the next one's, whose gradients are made ``scale`` times as large."""
+        """Forget the last step; ``microbatches`` are the next one's, whose gradients are made ``scale`` times as large.
+
+        There may be fewer than the row has: of the rest nothing is computed, and what their messages carry has no meaning.
+        """
         self._slots = self._empty.copy()
         self._scale = scale
         self._microbatches = microbatches
+        self._divisor = len(microbatches) * self._replicas if self._mean else 1
         self.losses = self.weights = self._seed = None
         self._weight_of = {}
 
@@ -150,6 +155,9 @@ class Executor:
                 leaves.append(value.requires_grad_())
                 value = unviewed(value, shape)
             arguments.append(value)
+        if op.microbatch >= len(self._microbatches):
+            self._pass_over(op, leaves, arguments)
+            return
         if self.before_forward is not None:
             self.before_forward(op.microbatch)
         outputs = op.stage(self._microbatches[op.microbatch], *arguments)
@@ -171,6 +179,16 @@ class Executor:
                     self._weight_of[op.microbatch] = output.detach()
                     self.weights = output.detach() if self.weights is None else self.weights + output.detach()
         self._slots[op.kept] = (leaves, edges, loss_edge)
+
+    def _pass_over(self, op: Forward, leaves: list[Tensor], arguments: list[Any]) -> None:
+        """The forward of a microbatch that this step does not have: its readers wait for something all the same."""
+        known = (*op.stage.parameters(), *arguments, *tree_leaves(self._microbatches[0]))
+        device = next(found.device for found in known if isinstance(found, Tensor))
+        for result in op.results:
+            for slot in result.slots:
+                blank = None if result.dtype is None else torch.zeros(result.shape, dtype=result.dtype, device=device)
+                self._slots[slot] = blank
+        self._slots[op.kept] = (leaves, [], None)
 
     def _add_loss(self, op: Forward, loss: Tensor) -> GradientEdge | None:
         if self._trains and not loss.requires_grad:

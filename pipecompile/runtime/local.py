@@ -58,7 +58,7 @@ class LocalRuntime:
                 wire(program, rank, stages, found, loss, weight),
                 self._mail,
                 SUMMED_ALREADY,
-                self._microbatches,
+                1,
                 not weight,
             )
             for rank in range(program.shape.ranks)
@@ -128,14 +128,14 @@ class LocalRuntime:
         scale: Tensor | None = None,
     ) -> Tensor:
         """``step`` for a batch in pieces; each instruction runs within ``around`` of it."""
+        if self._versions is not None:
+            self._versions.begin(optimizer, len(microbatches))
         for executor in self._ranks:
             executor.begin(microbatches, scale)
-        if (sizes := self._sizes_of(microbatches)) != self._sizes:
+        if (sizes := self._sizes_of.of_all(microbatches, self._microbatches)) != self._sizes:
             self._steps, self._sizes = self._wired(sizes), sizes
         self._mail.begin()
         self._apart.begin()
-        if self._versions is not None:
-            self._versions.begin(optimizer)
         turns, by_microbatch = self._steps
         step = turns[0]
         try:

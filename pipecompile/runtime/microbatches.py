@@ -18,17 +18,19 @@ def split(batch: Any, microbatches: int, uneven: bool = False) -> list[Any]:
 
     Tensors with a dim 0 are views of an equal share of its rows; 0-dim tensors and everything else are passed whole.
     BatchError if the tensors disagree on their rows, or the rows do not divide; with ``uneven`` the first microbatches
-    have one row more than the others then (``torch.tensor_split``), and there must be a row for each.
+    have one row more than the others then (``torch.tensor_split``), and those that would have none are left out.
     """
     tensors = [(name, leaf) for name, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.dim()]
-    rows, more = divmod(_rows(tensors, microbatches, uneven), microbatches)
-    sizes = [rows + (index < more) for index in range(microbatches)]
+    whole = _rows(tensors, microbatches, uneven)
+    count = min(microbatches, whole) if tensors else microbatches
+    rows, more = divmod(whole, count)
+    sizes = [rows + (index < more) for index in range(count)]
     shares = {id(tensor): _shares(tensor, sizes) for _, tensor in tensors}
 
     def share(index: int) -> Callable[[Any], Any]:
         return lambda leaf: shares[id(leaf)][index] if id(leaf) in shares else leaf
 
-    return [rebuild(batch, share(index)) for index in range(microbatches)]
+    return [rebuild(batch, share(index)) for index in range(count)]
 
 
 def _shares(tensor: Tensor, sizes: list[int]) -> Sequence[Tensor]:
@@ -56,7 +58,7 @@ def _rows(tensors: list[tuple[str, Tensor]], microbatches: int, uneven: bool) ->
                 f"{name} has {tensor.shape[0]} rows in dim 0, but {first} has {whole}; "
                 "every tensor of a batch must have one row for each sample"
             )
-    if whole < microbatches or (whole % microbatches and not uneven):
+    if not whole or (whole % microbatches and not uneven):
         below = max(whole // microbatches, 1) * microbatches
         raise BatchError(
             f"{first} has {whole} rows in dim 0, which do not divide into {microbatches} microbatches; "

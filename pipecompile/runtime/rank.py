@@ -115,7 +115,7 @@ class RankRuntime:
             "REDUCE_GRAD": self._shared_sums.start,
             "REDUCE_REPLICAS": self._replica_sums.start,
         }
-        self._executor = Executor(row, self._channels, reduce, self._microbatches * world.replicas, not weight)
+        self._executor = Executor(row, self._channels, reduce, world.replicas, not weight)
         everything = [list(stage.parameters()) for stage in stages.values()]
         over_replicas = self._replica_sums.now if world.replicas > 1 else None
         self._versions = (
@@ -148,16 +148,16 @@ class RankRuntime:
         """
         self._check_alive()
         microbatches = split(batch, self._microbatches, uneven=True)
+        if self._versions is not None:
+            self._versions.begin(optimizer, len(microbatches))
         self._executor.begin(microbatches, scale)
         self._apart.begin()
-        if self._versions is not None:
-            self._versions.begin(optimizer)
         words = self._sentry.words
         self._sentry.begin(BEGINNING, self._on_device)
         if self._watch is not None:
             self._watch.begin()
         try:
-            if (sizes := self._sizes_of(microbatches)) != self._sizes:
+            if (sizes := self._sizes_of.of_all(microbatches, self._microbatches)) != self._sizes:
                 self._executor.steps, carried = self._wired(sizes)
                 self._channels.resize(carried)
                 self._sizes = sizes

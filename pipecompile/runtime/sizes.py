@@ -34,6 +34,11 @@ class StepSizesOf:
     def __call__(self, microbatches: Sequence[Any]) -> StepSizes:
         return tuple(tuple(_size(one, *place) for place in self._places) for one in microbatches)
 
+    def of_all(self, microbatches: Sequence[Any], count: int) -> StepSizes:
+        """The sizes of ``count`` microbatches, of which a small batch may lack the last: these are like those before."""
+        found = self(microbatches)
+        return found + found[-1:] * (count - len(found))
+
 
 def _size(microbatch: Any, path: Path, dimension: int) -> int:
     for kind, step in path:

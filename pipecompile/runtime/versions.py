@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipecompile.errors import RuntimeFault
+from pipecompile.errors import BatchError, RuntimeFault
 from pipecompile.ir import Program
 from pipecompile.ir.versions import LAST, group_ends, group_of, members, versions_read
 from pipecompile.runtime.executor import Executor, Step
@@ -129,6 +129,7 @@ class Versions:
         sum_over_replicas: SumOverReplicas | None = None,
         replicas: int = 1,
     ) -> None:
+        self._program = program
         self._optimizer: torch.optim.Optimizer | None = None
         self._sum, self._over_replicas, self._replicas = sum_over_ranks, sum_over_replicas, replicas
         self._ends = group_ends(program.rows)
@@ -167,10 +168,15 @@ class Versions:
         stage = self._first[key] if isinstance(key, str) else key
         return self._read[stage, microbatch]
 
-    def begin(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """A step begins, whose updates ``optimizer`` makes."""
+    def begin(self, optimizer: torch.optim.Optimizer | None, microbatches: int) -> None:
+        """A step of so many microbatches begins, whose updates ``optimizer`` makes."""
         if optimizer is None:
             raise RuntimeFault("this program updates weights inside a step; give step(batch, optimizer)")
+        if microbatches < (wanted := self._program.shape.microbatches):
+            raise BatchError(
+                f"the batch has {microbatches} rows, fewer than the {wanted} microbatches by which this program updates "
+                "weights; leave such a batch out (drop_last=True of a DataLoader), or use a schedule that flushes"
+            )
         self._optimizer = optimizer
         for line in self._lines.values():
             line.begin()

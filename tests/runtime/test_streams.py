@@ -65,7 +65,7 @@ def drive(
         recorder.rank = rank
         mail.append(channels_of(program, rank, kind, recorder))
         row = wire(program, rank, stages_of(model), by_index(PLANS, program), "loss")
-        executors.append(Executor(row, mail[-1], {"REDUCE_GRAD": lambda op: None}, MICROBATCHES, True))
+        executors.append(Executor(row, mail[-1], {"REDUCE_GRAD": lambda op: None}, 1, True))
     recorder.running = True
     with recorder:
         for seed in (1, 2):
