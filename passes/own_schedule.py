@@ -39,16 +39,16 @@ def own_order(name: str) -> Callable[[Shape, Any], Rows | Timetable]:
         raise ScheduleError(f"schedule {name!r}: there is no file {path}; give the path of a Python file")
     try:
         function = runpy.run_path(path).get(function_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ScheduleError(f"schedule {name!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ScheduleError(f"schedule {name!r}: {path} has no function {function_name!r}; define one, or name another")
 
     def order(shape: Shape, setting: Any) -> Rows | Timetable:
-        given = (shape, setting)[: len(inspect.signature(function).parameters)]
         try:
+            given = (shape, setting)[: len(inspect.signature(function).parameters)]
             made = function(*given)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ScheduleError(f"schedule {name!r} failed: {type(error).__name__}: {error}") from error
         if not isinstance(made, Timetable):
             return _rows(name, made)

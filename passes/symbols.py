@@ -83,7 +83,9 @@ def solve(found: Schedule, wish: str, ranks: int, per_rank: int) -> tuple[int, i
 
     At F = I = W, for rank 0, where the form holds; a and g count 1. ScheduleError if the wish is malformed, or never met.
     """
-    match = re.fullmatch(rf"\s*({'|'.join(QUANTITIES)})\s*(<=|<|>=|>)\s*([0-9]+(?:\.[0-9]*)?)\s*", wish)
+    match = re.fullmatch(
+        rf"\s*({'|'.join(QUANTITIES)})\s*(<=|<|>=|>)\s*([0-9]+(?:\.[0-9]*)?(?:e-?[0-9]{{1,2}})?)\s*", wish
+    )
     if not match:
         raise ScheduleError(
             f"cannot solve {wish!r}; expected a quantity ({', '.join(QUANTITIES)}), <=, <, >= or >, and a number, "
@@ -101,7 +103,9 @@ def solve(found: Schedule, wish: str, ranks: int, per_rank: int) -> tuple[int, i
 
     first = next((count for count in range(1, FAR) if met(count)), None)
     if first is None:
-        raise ScheduleError(f"no number of microbatches gives {wish.strip()} with {found.name} on {ranks} ranks")
+        raise ScheduleError(
+            f"no number of microbatches below {FAR:,} gives {wish.strip()} with {found.name} on {ranks} ranks"
+        )
     last = next((count - 1 for count in range(first + 1, FAR) if bool(valid(count)) and not met(count)), None)
     return first, last
 

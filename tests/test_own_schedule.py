@@ -36,6 +36,11 @@ def wrong(shape):
 def breaks(shape):
     return 1 / 0
 
+def leaves(shape):
+    raise SystemExit(0)
+
+unknown = type
+
 def twice(shape):
     return ["0F0 0F0 0B0", "1F0 1B0"]
 
@@ -84,6 +89,8 @@ def test_the_command_verifies_it(mine, capsys):
         ("numbers", "gave 1 for rank 0; expected instructions such as '0F0 0B0'"),
         ("wrong", "gave '0X0' for rank 0; expected a stage, F, B, I or W, and a microbatch"),
         ("breaks", "failed: ZeroDivisionError: division by zero"),
+        ("leaves", "failed: SystemExit: 0"),
+        ("unknown", "failed: ValueError: no signature found"),
         ("missing", "has no function 'missing'; define one, or name another"),
         ("constant", "has no function 'constant'"),
     ],
@@ -109,6 +116,9 @@ def test_what_it_gives_is_verified(mine, name, words):
 def test_a_file_that_is_not_there_or_does_not_run(tmp_path):
     with pytest.raises(ScheduleError, match=r"there is no file .*none\.py; give the path of a Python file"):
         make_timetable(f"{tmp_path}/none.py:f", Shape(2, 2, 1))
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    with pytest.raises(ScheduleError, match=r"leaves\.py cannot be run: SystemExit: 0"):
+        make_timetable(f"{tmp_path}/leaves.py:f", Shape(2, 2, 1))
     (tmp_path / "bad.py").write_text("1 +")
     with pytest.raises(ScheduleError, match="cannot be run: SyntaxError"):
         make_timetable(f"{tmp_path}/bad.py:f", Shape(2, 2, 1))

@@ -94,6 +94,7 @@ def test_solve():
     assert solve(find_schedule("zb-v"), "bubble <= 0", 4, 2) == (7, None)
     assert solve(find_schedule("zb-h2"), "idle <= 0", 8, 1) == (15, None)
     assert solve(find_schedule("1f1b"), "messages > 100", 2, 1) == (51, None)
+    assert solve(find_schedule("1f1b"), "bubble <= 1e-1", 8, 1) == (63, None)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_solve():
     [
         ("1f1b", "bubble ~ 0.1", "cannot solve 'bubble ~ 0.1'; expected a quantity"),
         ("1f1b", "bubble <= 0.1e", "and a number, for example 'bubble <= 0.1'"),
-        ("1f1b", "bubble < 0", "no number of microbatches gives bubble < 0 with 1f1b on 8 ranks"),
+        ("1f1b", "bubble < 0", "no number of microbatches below 100,000 gives bubble < 0 with 1f1b on 8 ranks"),
         ("auto", "bubble <= 0.1", "auto has no closed form, its order depends on costs; print it with --timeline"),
     ],
 )

@@ -49,8 +49,11 @@ def run(options: argparse.Namespace) -> None:
     if options.symbolic or options.solve:
         print(_closed_forms(_schedule(options), options))
         return
+    if not 0 <= options.latency <= LONGEST_MS:
+        raise ScheduleError(f"--latency {options.latency}; expected milliseconds from 0 to {LONGEST_MS:.0e}")
     timetable, partition = _timetable(options)
     program = verify(for_replicas(communicate(timetable, partition), options.replicas), partition)
+    _write(options, timetable, program, partition)
     if options.timeline:
         forecast = simulate(program, partition, Link(options.latency))
         Console().print(coloured(program.rows, program.shape, forecast), soft_wrap=True, end="")
@@ -58,19 +61,26 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(program.to_json()))
     else:
         print(timetable if options.compute else program)
-    _write(options, timetable, program, partition)
 
 
 def _write(options: argparse.Namespace, timetable: Timetable, program: Program, partition: Partition) -> None:
-    if options.torch_csv:
-        write_csv(timetable, options.torch_csv)
-    if options.trace:
-        forecast = simulate(program, partition, Link(options.latency))
-        trace = chrome_trace(program, forecast, memory_over_time(program, partition))
-        Path(options.trace).write_text(json.dumps(trace))
+    try:
+        if options.torch_csv:
+            write_csv(timetable, options.torch_csv)
+        if options.trace:
+            forecast = simulate(program, partition, Link(options.latency))
+            trace = chrome_trace(program, forecast, memory_over_time(program, partition))
+            Path(options.trace).write_text(json.dumps(trace))
+    except OSError as error:
+        raise ScheduleError(
+            f"{str(error.filename)!r} cannot be written: {error.strerror}; give another file"
+        ) from error
 
 
 def _schedule(options: argparse.Namespace) -> Schedule:
+    named = {name: None for name in (options.name, options.schedule, options.from_csv) if name}
+    if len(named) > 1:
+        raise ScheduleError(f"{' and '.join(map(repr, named))} are two schedules; name one of them")
     name = options.schedule or options.name
     if not name:
         raise ScheduleError(f"no schedule named; choose one of {', '.join(schedule_names())}, or give --from-csv")
@@ -86,6 +96,13 @@ def _stages(options: argparse.Namespace) -> int:
 def _timetable(options: argparse.Namespace) -> tuple[Timetable, Partition]:
     """The timetable that the options ask for, and the chain that it is for."""
     if options.from_csv:
+        given = [
+            n for n in ("name", "schedule", "stages", "ranks", "microbatches", "activations") if getattr(options, n)
+        ]
+        if given:
+            raise ScheduleError(
+                f"--from-csv says the order, stages, ranks and microbatches itself; leave out {', '.join(given)}"
+            )
         timetable = read_csv(options.from_csv)
         return timetable, chain(timetable.shape.stages, _costs(options, timetable.shape.stages))
     found, stages = _schedule(options), _stages(options)
@@ -116,6 +133,8 @@ def _check_room(timetable: Timetable, activations: int) -> None:
             )
 
 
+LONGEST_MS = 1e9
+"""No computation or message takes as long."""
 ACTIVATION = 1_000_000
 """Bytes of an activation on this chain, large beside its messages of one byte."""
 
@@ -125,8 +144,11 @@ def _costs(options: argparse.Namespace, stages: int) -> list[StageCost]:
         forward, inputs, weights = map(float, (options.costs or "1,1,1").split(","))
     except ValueError as error:
         raise ScheduleError(f"costs {options.costs!r}; expected three numbers F,I,W, for example 1,1.1,0.8") from error
-    if min(forward, inputs, weights) < 0 or forward <= 0:
-        raise ScheduleError(f"costs {options.costs!r} are not positive; give F,I,W in milliseconds, such as 1,1.1,0.8")
+    if forward <= 0 or not all(0 <= cost <= LONGEST_MS for cost in (forward, inputs, weights)):
+        raise ScheduleError(
+            f"costs {options.costs!r} are not all positive, up to {LONGEST_MS:.0e}; give F,I,W in milliseconds, such as "
+            "1,1.1,0.8"
+        )
     return [StageCost(forward, inputs + weights, weights, saved_bytes=ACTIVATION)] * stages
 
 
