@@ -7,12 +7,15 @@ next step    p ◀── master, rounded                (evaluate and saving do 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipecompile.errors import BuildError
 from pipecompile.ir import Graph
@@ -51,6 +54,23 @@ def main_gradients(parameters: Iterable[Tensor], dtype_name: str) -> Iterator[No
             forget_main_gradient(p)
 
 
+@functools.cache
+def refuse_optimizers_of_narrow_parameters() -> None:
+    """From now on, in this process, an optimizer's step is a BuildError where it would pass over a parameter because its
+    gradient is the master's."""
+    register_optimizer_step_pre_hook(_refuse_narrow)
+
+
+def _refuse_narrow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p.grad is None and getattr(p, "main_grad", None) is not None:
+            raise BuildError(
+                f"the optimizer has a {str(p.dtype).removeprefix('torch.')} parameter of shape {tuple(p.shape)} itself, but "
+                "gradient_dtype sums its gradient for a float32 master, so it would not be trained; make the optimizer of "
+                "pipe.master_parameters()"
+            )
+
+
 class Masters:
     """The masters of ``parameters``: one in the named dtype for each that is narrow and trained, others stand for themselves."""
 
@@ -60,6 +80,7 @@ class Masters:
         for p in parameters:
             forget_main_gradient(p)
             if dtype_name and p.requires_grad and p.dtype in NARROW:
+                refuse_optimizers_of_narrow_parameters()
                 dtype = getattr(torch, dtype_name)
                 keep_main_gradient(p, dtype)
                 self._masters[id(p)] = (p, nn.Parameter(p.detach().to(dtype)))

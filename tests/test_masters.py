@@ -172,6 +172,21 @@ def test_other_dtypes_are_refused_and_wide_parameters_stand_for_themselves() -> 
     assert all(a is b for a, b in zip(pipe.master_parameters(), pipe.parameters()))
 
 
+@pytest.mark.parametrize("of", ["pipe", "model"])
+def test_an_optimizer_of_the_narrow_parameters_is_named(of: str) -> None:
+    model = narrow()
+    pipe = compiled(model, gradient_dtype=torch.float32)
+    optimizer = torch.optim.AdamW(pipe.parameters() if of == "pipe" else model.parameters(), lr=0.01)
+    pipe.step(words())
+    with pytest.raises(
+        BuildError, match=r"has a bfloat16 parameter of shape \(11, 8\) itself.* pipe.master_parameters"
+    ):
+        optimizer.step()
+    compiled(model).step(words())  # without masters it is right
+    optimizer.step()
+    assert all(optimizer.state[p] for p in model.parameters())
+
+
 def test_parameters_by_name() -> None:
     model = Tied()
     pipe = compiled(model)
