@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
+from pipecompile.errors import CostError
 from pipecompile.ir import AFTER_HALF, COMPUTE, RECEIVES, SENDS, Instruction, Partition, Program, Route, Routes, Use
 from pipecompile.ir.lifetimes import Channel, arrivals, channel_of, most_on_the_way
 
@@ -128,7 +129,12 @@ def _use(
     """What was seen of an instruction; ``split`` are the (stage, microbatch) whose backward comes in halves."""
     peer = one.peer if one.op in SENDS else -1
     op = AFTER_HALF if one.op == "SEND_B" and (one.stage, one.microbatch) in split else one.op
-    return uses.get((one.stage, op, first, peer)) or uses[one.stage, op, not first, peer]
+    found = uses.get((one.stage, op, first, peer)) or uses.get((one.stage, op, not first, peer))
+    if found is None:
+        raise CostError(
+            f"nothing says what {one} takes; plan.json has no {op} among the uses of stage {one.stage}: compile again"
+        )
+    return found
 
 
 def _local(

@@ -6,12 +6,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import pipecompile
 from benchmarks.memory import HIGHEST, RANKS, Case, measure
 from pipecompile.cost.meter import TensorMeter
+from pipecompile.errors import CostError
 from pipecompile.ir import Partition, Program, Shape, StageCost, Use
 from pipecompile.memory import memory_over_time, peak_bytes
 from pipecompile.passes.communicate import chain, communicate
@@ -110,6 +112,16 @@ def test_an_optimizer_that_takes_most_sets_the_peak() -> None:
     at_end = memory_over_time(whole, large)[0][-1] - 2 - 7
     assert peak_bytes(whole, large)[0] == at_end + 999
     assert peak_bytes(whole, large, optimizer_factor=0)[0] < 999
+
+
+def test_a_use_that_is_not_there_is_named() -> None:
+    partition = weighed()
+    first = replace(partition.costs[0], uses=tuple(u for u in partition.costs[0].uses if u.op != "FORWARD"))
+    whole = program("gpipe", 2, partition)
+    with pytest.raises(
+        CostError, match="what 0F0 takes; plan.json has no FORWARD among the uses of stage 0: compile again"
+    ):
+        peak_bytes(whole, replace(partition, costs=(first, *partition.costs[1:])))
 
 
 class Ends(nn.Module):

@@ -23,11 +23,17 @@ from pipecompile.ir import StagePlan
 
 
 def make_stage(source: str, model: nn.Module, plan: StagePlan) -> Stage:
-    """The stage that generated ``source`` defines, made of ``model``'s modules."""
+    """The stage that generated ``source`` defines, made of ``model``'s modules; BuildError if it defines none."""
+    name, file = f"Stage{plan.index}", f"stages/stage_{plan.index}.py"
     scope: dict[str, Any] = {"__name__": f"pipecompile_stage_{plan.index}"}
-    exec(compile(source, f"stages/stage_{plan.index}.py", "exec"), scope)
-    stage: Stage = scope[f"Stage{plan.index}"](model, plan)
-    return stage
+    try:
+        exec(compile(source, file, "exec"), scope)
+    except Exception as error:
+        raise BuildError(f"{file} cannot be run: {type(error).__name__}: {error}; compile again") from error
+    made = scope.get(name)
+    if not (isinstance(made, type) and issubclass(made, Stage)):
+        raise BuildError(f"{file} defines no {name}(Stage); compile again")
+    return made(model, plan)
 
 
 class Container(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipecompile.errors import BuildError
 from pipecompile.ir import StagePlan
-from pipecompile.runtime import Stage
+from pipecompile.runtime import Stage, make_stage
 
 
 class Block(nn.Module):
@@ -112,3 +112,19 @@ def test_a_container_names_what_it_has() -> None:
     stage = Stage(Model(), plan(modules=("h.2",)))
     with pytest.raises(KeyError, match="holds no 1 here, it has '2'; take it"):
         stage.h[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("class Stage0(Stage", r"cannot be run: SyntaxError: .*; compile again"),
+        ("from nowhere import Stage", "cannot be run: ModuleNotFoundError: No module named 'nowhere'; compile again"),
+        ("1 / 0", "cannot be run: ZeroDivisionError: division by zero; compile again"),
+        ("class Stage1: ...", r"defines no Stage0\(Stage\); compile again"),
+        ("Stage0 = print", r"defines no Stage0\(Stage\)"),
+        ("class Stage0: ...", r"defines no Stage0\(Stage\)"),
+    ],
+)
+def test_a_source_that_defines_no_stage_is_refused(source: str, problem: str) -> None:
+    with pytest.raises(BuildError, match=rf"stages/stage_0\.py {problem}"):
+        make_stage(source, Model(), StagePlan(0, (), ()))
