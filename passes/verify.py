@@ -184,12 +184,18 @@ def _at(program: Program, place: tuple[int, int]) -> str:
     return str(program.rows[place[0]][place[1]])
 
 
+def _last_backwards(row: Sequence[Instruction]) -> dict[int, int]:
+    """By stage: where its last gradients of weights are made."""
+    return {one.stage: at for at, one in enumerate(row) if one.op in ("BACKWARD", "BACKWARD_WEIGHT")}
+
+
 def _check_reductions(program: Program, partition: Partition) -> None:
     placement = program.shape.placement
     holders = {s.parameter: sorted({placement[stage] for stage in s.stages}) for s in partition.shared}
     stages = {s.parameter: s.stages for s in partition.shared}
     found: dict[str, list[int]] = {name: [] for name, ranks in holders.items() if len(ranks) > 1}
     for rank, row in enumerate(program.rows):
+        last = _last_backwards(row)
         for position, one in enumerate(row):
             if one.op != "REDUCE_GRAD":
                 continue
@@ -202,11 +208,10 @@ def _check_reductions(program: Program, partition: Partition) -> None:
             others = [placement[peer] if peer in stages[name] else rank for peer in one.peers]
             if sorted([rank, *others]) != holders[name]:
                 raise _fault(program, (rank, position), f"{name} lives on ranks {holders[name]}; name a stage of each")
-            for later in row[position:]:
-                if later.op.startswith("BACKWARD") and later.op != "BACKWARD_INPUT" and later.stage in stages[name]:
-                    raise _fault(
-                        program, (rank, position), f"{name} still gets a gradient from {later}; move it behind"
-                    )
+            for stage in stages[name]:
+                if last.get(stage, -1) > position:
+                    problem = f"{name} still gets a gradient from {row[last[stage]]}; move it behind"
+                    raise _fault(program, (rank, position), problem)
     for name, ranks in found.items():
         for rank in set(holders[name]) - set(ranks):
             raise ProgramError(f"the REDUCE_GRAD of {name} is missing on rank {rank}; every rank that holds it sums it")
@@ -216,6 +221,7 @@ def _check_replica_sums(program: Program) -> None:
     """Replicas run the same program, so the n-th sum of a rank meets the n-th of its replicas: they cannot wait in a ring."""
     summed: dict[int, tuple[int, int]] = {}
     for rank, row in enumerate(program.rows):
+        last = _last_backwards(row)
         for position, one in enumerate(row):
             if one.op != "REDUCE_REPLICAS":
                 continue
@@ -224,11 +230,9 @@ def _check_replica_sums(program: Program) -> None:
             if one.stage in summed:
                 raise _fault(program, (rank, position), f"it stands twice, first at instruction {summed[one.stage][1]}")
             summed[one.stage] = (rank, position)
-            for later in row[position:]:
-                if later.stage == one.stage and later.op in ("BACKWARD", "BACKWARD_WEIGHT"):
-                    raise _fault(
-                        program, (rank, position), f"the stage still makes gradients in {later}; move it behind"
-                    )
+            if last[one.stage] > position:
+                problem = f"the stage still makes gradients in {row[last[one.stage]]}; move it behind"
+                raise _fault(program, (rank, position), problem)
     for stage, rank in enumerate(program.shape.placement if summed else ()):
         if stage not in summed:
             raise ProgramError(f"{stage}REDUCE_REPLICAS is missing on rank {rank}; each stage is summed, or none is")

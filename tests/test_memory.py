@@ -119,7 +119,7 @@ def test_a_use_that_is_not_there_is_named() -> None:
     first = replace(partition.costs[0], uses=tuple(u for u in partition.costs[0].uses if u.op != "FORWARD"))
     whole = program("gpipe", 2, partition)
     with pytest.raises(
-        CostError, match="what 0F0 takes; plan.json has no FORWARD among the uses of stage 0: compile again"
+        CostError, match=r"what 0F0 takes; plan\.json has no FORWARD among the uses of stage 0: compile again"
     ):
         peak_bytes(whole, replace(partition, costs=(first, *partition.costs[1:])))
 
