@@ -20,7 +20,7 @@ from pipecompile.ir import Forecast, Program
 from pipecompile.masters import Masters
 from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.verify import verify
-from pipecompile.runtime import Stage, World, make_stage, watch, world_of
+from pipecompile.runtime import Stage, World, compile_recomputed, make_stage, watch, world_of
 from pipecompile.saving import Share, load_training, load_weights, save_checkpoint, save_weights
 from pipecompile.training import bound_to_mode, check_compiler
 from pipecompile.weights.folder import newest
@@ -99,18 +99,16 @@ class Part:
         """``torch.compile`` each stage of this process, in place, with its options; the next steps compile them.
 
         With the default backend, random numbers (dropout) are torch.compile's own and differ from eager mode's; with
-        backend="aot_eager" they are the same. BuildError if the default backend lacks a C++ compiler on the CPU, or if a
-        stage is recomputed.
+        backend="aot_eager" they are the same. A stage that is recomputed is compiled within, for each size anew; with
+        recompute="calls" only its recomputed calls are. BuildError if the default backend lacks a C++ compiler on the CPU.
         """
-        again = [plan.index for plan in self.plan.stages if plan.recompute != "none"]
-        if again:
-            raise BuildError(
-                f"stage {again[0]} is recomputed, which does not go with torch.compile (a stage may be compiled anew "
-                "between its two runs); compile the pipeline with recompute='none', torch.compile recomputes on its own"
-            )
         check_compiler(self.parameters(), options.get("backend", "inductor"))
-        for stage in self._stages.values():
-            stage.compile(**options)
+        for index, stage in self._stages.items():
+            mode = self.plan.stages[index].recompute
+            if mode == "none":
+                stage.compile(**options)
+            else:
+                compile_recomputed(stage, mode == "stage", options)
 
     def source(self, index: int) -> str:
         """The Python source of stage ``index``."""

@@ -12,7 +12,8 @@ import torch
 from pipecompile.errors import BuildError
 from pipecompile.runtime import connect
 from tests.runtime.processes import run
-from tests.test_step_options import assert_uneven_is_exact, told
+from tests.test_recompute import deep, wide_model
+from tests.test_step_options import assert_uneven_is_exact, noisy, told, uneven
 from tests.test_training import Tied, compiled, cross_entropy, tokens, words
 
 slow = pytest.mark.skipif(
@@ -55,9 +56,40 @@ def test_stages_run_what_the_backend_made() -> None:
     assert len(seen) >= 4
 
 
-def test_recomputed_stages_are_not_compiled() -> None:
-    with pytest.raises(BuildError, match=r"stage 0 is recomputed, which does not go with torch.compile"):
-        compiled(Tied(), recompute="stage").compile_stages()
+def assert_recomputed_is_exact(schedule: str, mode: str, backend: Any = "aot_eager") -> None:
+    """With all microbatches of two sizes alive at once, so that both are compiled between the two runs of the first."""
+    model = noisy()
+    unsplit = copy.deepcopy(model)
+    pipe = compiled(model, tokens, schedule=schedule, recompute=mode)
+    pipe.compile_stages(backend=backend)
+    for rows in (10, 3, 8):
+        assert torch.equal(pipe.step(uneven(rows), ran=[]), pipe.reference(unsplit, uneven(rows)))
+        for (name, p), theirs in zip(model.named_parameters(), unsplit.parameters()):
+            torch.testing.assert_close(p.grad, theirs.grad, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(pipe.evaluate(uneven(5)), pipe.evaluate(uneven(5)))
+
+
+@pytest.mark.parametrize(("schedule", "mode"), [("gpipe", "stage"), ("zb-h1", "calls")])
+def test_recomputed_stages_are_compiled_within(schedule: str, mode: str) -> None:
+    assert_recomputed_is_exact(schedule, mode)
+
+
+@pytest.mark.parametrize("mode", ["stage", "calls"])
+def test_what_is_recomputed_runs_what_the_backend_made(mode: str) -> None:
+    made: list[int] = []
+    runs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        made.append(len(graph.graph.nodes))
+        return lambda *args: (runs.append(1), graph.forward(*args))[1]
+
+    pipe = compiled(wide_model()[0], deep, wide_model()[1], recompute=mode)
+    pipe.compile_stages(backend=backend, fullgraph=True)
+    pipe.step(wide_model()[1])
+    before, ran = len(made), len(runs)
+    pipe.step(wide_model()[1])
+    assert before == len(made) > 0, "nothing is compiled anew, and equal blocks may share a graph"
+    assert len(runs) - ran >= 4 * 4 * 2, "each stage runs twice for each microbatch"
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pipecompile.runtime.main_gradients import (
 from pipecompile.runtime.microbatches import split
 from pipecompile.runtime.random import begin_microbatch, own_streams, reseed, watch
 from pipecompile.runtime.rank import RankRuntime
-from pipecompile.runtime.recompute import recompute, recomputed
+from pipecompile.runtime.recompute import compile_recomputed, recompute, recomputed
 from pipecompile.runtime.replicas import World, world_of
 from pipecompile.runtime.report import Gathering, report
 from pipecompile.runtime.stage import Stage, make_stage
@@ -34,6 +34,7 @@ __all__ = [
     "any_failed",
     "backend_here",
     "begin_microbatch",
+    "compile_recomputed",
     "connect",
     "device_of",
     "first_to_say",

@@ -11,6 +11,7 @@ does, so a saved tensor may be asked for any number of times. (Chen et al. 2016,
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,12 +30,17 @@ from pipecompile.runtime.report import unreported
 _changing: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 """The names of the buffers that a module's call changes, once it has run."""
 
+_compilers: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = weakref.WeakKeyDictionary()
+"""For modules whose recomputed calls are compiled: torch.compile's options, and by method ("": the call) what it made."""
+
 
 def recompute(call: Any, *args: Any, **kwargs: Any) -> Any:
     """``call(*args, **kwargs)`` of a module, or of a module's method, without keeping what it saves for its backward."""
+    module: nn.Module = getattr(call, "__self__", call)
+    call = _compiled(call, module)
     if not torch.is_grad_enabled():
         return call(*args, **kwargs)
-    return _Recomputation(call, args, kwargs).first()
+    return _Recomputation(call, module, args, kwargs).first()
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,9 +50,40 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(stage: nn.Module, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(stage, *args)
-        return _Recomputation(MethodType(forward, stage), args, {}, early=True).first()
+        return _Recomputation(MethodType(forward, stage), stage, args, {}, early=True).first()
 
     return run
+
+
+def compile_recomputed(stage: nn.Module, whole: bool, options: Mapping[str, Any]) -> None:
+    """``torch.compile`` what of a stage is run twice, within what runs it twice: all of it, or each of its calls.
+
+    Both runs must be those of one graph, so each size has its own, unless the options make one dynamic for all.
+    """
+    options = {**options, "dynamic": bool(options.get("dynamic"))}
+    if whole:
+        plain: Any = inspect.unwrap(type(stage).forward)
+        stage.forward = MethodType(recomputed(torch.compile(plain, **options)), stage)
+    else:
+        for module in stage.modules():
+            _compilers[module] = (dict(options), {})
+
+
+def _compiled(call: Any, module: nn.Module) -> Any:
+    """The call as its stage has it compiled; itself if it has not."""
+    if module not in _compilers:
+        return call
+    options, known = _compilers[module]
+    name = getattr(call, "__name__", "")
+    if name not in known:
+        reference = weakref.ref(module)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            here = reference()
+            return (getattr(here, name) if name else here)(*args, **kwargs)  # type: ignore[misc]
+
+        known[name] = torch.compile(run, **options)
+    return known[name]
 
 
 class _Recomputation:
@@ -56,9 +93,10 @@ class _Recomputation:
     reached should be there again.
     """
 
-    def __init__(self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], early: bool = False) -> None:
-        self._call, self._args, self._kwargs, self._early = call, args, kwargs, early
-        self._module: nn.Module = getattr(call, "__self__", call)
+    def __init__(
+        self, call: Any, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], early: bool = False
+    ) -> None:
+        self._call, self._module, self._args, self._kwargs, self._early = call, module, args, kwargs, early
         self._versions = [tensor._version for tensor in self._tensors()]
         self._random = [(generator, generator.get_state()) for generator in generators()]
         self._autocast = _autocast()
