@@ -18,6 +18,8 @@ from pipecompile.ir.size import evaluate, read_size
 from pipecompile.plan import NOT_WRITTEN, PLAN_VERSION, Plan
 
 WHERE = "plan.json"
+MOST_BYTES = 1 << 50
+"""More than any stage takes: sums of such sizes are whole numbers of 64 bits."""
 Problem = tuple[str, str]
 """A place in the file, and what is wrong there."""
 
@@ -102,24 +104,29 @@ def _problems(plan: Plan) -> Iterator[Problem]:
 
 
 def _numbers(plan: Plan) -> Iterator[Problem]:
-    """What must not be negative."""
+    """What is negative, or so large that sums of it would be no numbers."""
+
+    def check(place: str, number: float, least: int, most: int) -> Iterator[Problem]:
+        if not least <= number <= most:
+            yield place, f"is {number}, expected {least} to {most}"
+
     for name, size in plan.sizes.items():
-        if size < 1:
-            yield f"sizes[{name!r}]", f"is {size}, expected at least 1"
-    for name, number in {"optimizer_factor": plan.optimizer_factor, "bound_ms": plan.bound_ms}.items():
-        if number < 0:
-            yield name, f"is {number}, expected at least 0"
+        yield from check(f"sizes[{name!r}]", size, 1, LARGEST)
+    yield from check("optimizer_factor", plan.optimizer_factor, 0, 100)
+    yield from check("bound_ms", plan.bound_ms, 0, LARGEST)
     for stage, cost in enumerate(plan.costs):
         for name in cost.__slots__:
-            if name != "uses" and getattr(cost, name) < 0:
-                yield f"costs[{stage}].{name}", f"is {getattr(cost, name)}, expected at least 0"
+            if name != "uses":
+                yield from check(f"costs[{stage}].{name}", getattr(cost, name), 0, MOST_BYTES)
         if cost.weight_ms > cost.backward_ms:
             yield f"costs[{stage}].weight_ms", f"is {cost.weight_ms}, more than the backward's {cost.backward_ms}"
     for index, transfer in enumerate(plan.transfers):
-        if min(transfer.bytes, transfer.gradient_bytes) < 0:
-            yield f"transfers[{index}]", "has fewer than 0 bytes"
-    if len(plan.link) not in (0, 2) or any(number < 0 for number in plan.link):
+        for name in ("bytes", "gradient_bytes"):
+            yield from check(f"transfers[{index}].{name}", getattr(transfer, name), 0, MOST_BYTES)
+    if len(plan.link) not in (0, 2):
         yield "link", f"is {plan.link}, expected nothing, or a latency in ms and bytes for each ms"
+    for number in plan.link:
+        yield from check("link", number, 0, LARGEST)
 
 
 def _wrong_spec(spec: Spec) -> Iterator[str]:

@@ -212,7 +212,7 @@ def try_mutations(count: int, seed: int, folder: Path) -> Counter[str]:
         try:
             refusal = attack(subject, content, folder)
         except Exception as error:
-            raise AssertionError(f"{subject.name}, mutation {index}: {content[:3000]!r}") from error
+            raise AssertionError(f"{subject.name}, mutation {index}: {content[:1000]!r}") from error
         assert not refusal or any(name in refusal for name in (subject.name, *subject.also)), refusal
         assert len(refusal) < 2_000, refusal
         assert refusal.isprintable(), refusal
