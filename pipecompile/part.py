@@ -22,6 +22,7 @@ from pipecompile.passes.replicas import for_replicas
 from pipecompile.passes.verify import verify
 from pipecompile.runtime import Stage, World, compile_recomputed, make_stage, watch, world_of
 from pipecompile.saving import Share, load_training, load_weights, save_checkpoint, save_weights
+from pipecompile.taken import Taken
 from pipecompile.training import bound_to_mode, check_compiler
 from pipecompile.weights.folder import newest
 from pipecompile.weights.layout import Layout
@@ -43,6 +44,7 @@ class Part:
         self._stages: dict[int, Stage] = {s: make_stage(self.source(s), model, plan.stages[s]) for s in mine}
         self.steps = 0
         self._model = weakref.ref(model)
+        self._taken = Taken(model, [plan.stages[s] for s in mine])
         self._mode = model.training
         self._bound = bound_to_mode(self.source(s) for s in range(len(plan.stages)))
         self._layout = Layout.of(model)

@@ -172,6 +172,7 @@ class Pipe(Part):
     ) -> Tensor:
         check_batch(self.plan, batch)
         self._check_mode()
+        self._taken.check()
         runtime = self._runtime(trains)
         self._gathering = Gathering(self.plan.reported, self.plan.microbatches, outputs, self._sizes(batch, outputs))
         with own_streams() if self.plan.random else nullcontext(), self._gathering.active():

@@ -169,6 +169,23 @@ def test_layers_that_are_trained_later_are_named() -> None:
     pipe.step(words())
 
 
+@pytest.mark.parametrize("way", ["blocks.1", "blocks"])
+def test_parts_of_the_model_that_were_replaced_are_named(way: str) -> None:
+    model = Tied()
+    pipe = compiled(model)
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    assert torch.equal(pipe.evaluate(words()), pipe.reference(copy.deepcopy(model), words()))
+    before = model.get_submodule(way)
+    model.set_submodule(way, copy.deepcopy(before))
+    for run in (pipe.step, pipe.evaluate):
+        with pytest.raises(
+            BuildError, match=rf"'{way}' of the model was replaced after it was compiled, .* compile again"
+        ):
+            run(words())
+    model.set_submodule(way, before)
+    pipe.step(words())
+
+
 def test_autocast_around_everything() -> None:
     model = Tied()
     unsplit = copy.deepcopy(model)
