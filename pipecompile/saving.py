@@ -115,13 +115,27 @@ def save_checkpoint(share: Share, directory: str | Path, step: int, optimizer: O
 
 
 def load_training(share: Share, checkpoint: Path, optimizer: Optimizer) -> int:
-    """Set the optimizer's and the random generators' state from a complete checkpoint; gives its step."""
+    """Set the optimizer's and the random generators' state from a complete checkpoint; gives its step.
+
+    CheckpointError if it is malformed, of another version, or of another optimizer.
+    """
     whole = _read_json(checkpoint / folder.STATE)
-    if whole.get("format") != FORMAT or whole.get("version") != VERSION:
+    found = (whole.get("format"), whole.get("version")) if isinstance(whole, dict) else (None, None)
+    if found != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{str(checkpoint)!r} is {whole.get('format')!r} of version {whole.get('version')!r}, but this pipecompile "
-            f"reads {FORMAT!r} of version {VERSION}; resume with the version that wrote it"
+            f"{str(checkpoint)!r} is {found[0]!r} of version {found[1]!r}, but this pipecompile reads {FORMAT!r} of "
+            f"version {VERSION}; resume with the version that wrote it"
         )
+    try:
+        _give(share, checkpoint, whole, optimizer)
+        return int(whole["step"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} is malformed ({type(error).__name__}: {error}); resume from another one"
+        ) from error
+
+
+def _give(share: Share, checkpoint: Path, whole: dict[str, Any], optimizer: Optimizer) -> None:
     names = [str(name) for name in whole["files"]]
     files = [checkpoint / Path(name).name for name in names if name.startswith("optimizer-")]
     stored_tensors = _stored_tensors([path for path in files if path.suffix == ".safetensors"])
@@ -130,7 +144,6 @@ def load_training(share: Share, checkpoint: Path, optimizer: Optimizer) -> int:
     optimizer_state.give_masters(share.masters.values(), mine, stored_tensors)
     optimizer_state.give(optimizer, mine, rest, stored_tensors)
     random_state.give(whole["random"])
-    return int(whole["step"])
 
 
 def check_start(directory: str | Path, step: int) -> None:
@@ -162,7 +175,7 @@ def on_every_rank(work: Callable[[], None], replica: int = 0) -> None:
     try:
         if replica == 0:
             work()
-    except (CheckpointError, OSError) as caught:
+    except Exception as caught:
         error = caught
     failed = any_failed(error is not None)
     if isinstance(error, OSError):

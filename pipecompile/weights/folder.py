@@ -137,8 +137,10 @@ def damage(folder: Path) -> str:
     try:
         files = json.loads((folder / STATE).read_bytes())["files"]
         for name, size in files.items():
-            if "/" in name or (folder / name).stat().st_size != size:
-                return f"{name!r} has {(folder / Path(name).name).stat().st_size} bytes, expected {size}"
+            if "/" in name:
+                return f"{name!r} is no file of a checkpoint"
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name!r} has {found} bytes, expected {size}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -90,7 +90,9 @@ def give(optimizer: Optimizer, names: Names, saved: Mapping[str, Any], stored: M
         by_parameter.setdefault(name, {})[key] = read
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = names[id(parameter)]
+            name = names.get(id(parameter))
+            if name is None:  # of no stage: ``take`` has passed over it too
+                continue
             if name not in saved["parameters"]:
                 raise CheckpointError(
                     f"the checkpoint has no optimizer state for parameter {name!r}; make the same optimizer, "
@@ -105,13 +107,14 @@ def give(optimizer: Optimizer, names: Names, saved: Mapping[str, Any], stored: M
 
 
 def _set_hyperparameters(group: dict[str, Any], names: Names, saved: Mapping[str, Any]) -> None:
-    found = [saved["groups"][saved["parameters"][names[id(p)]]["group"]] for p in group["params"]]
-    for p, hyper in zip(group["params"], found):
+    mine = [p for p in group["params"] if id(p) in names]
+    found = [saved["groups"][saved["parameters"][names[id(p)]]["group"]] for p in mine]
+    for p, hyper in zip(mine, found):
         if hyper != found[0]:
             key = next(key for key in hyper if hyper[key] != found[0].get(key))
             raise CheckpointError(
                 f"the checkpoint has {key}={hyper[key]!r} for parameter {names[id(p)]!r} and {found[0].get(key)!r} for "
-                f"{names[id(group['params'][0])]!r}, which optimizer() puts into one group; make the same groups"
+                f"{names[id(mine[0])]!r}, which optimizer() puts into one group; make the same groups"
             )
     for key, value in found[0].items() if found else ():
         now = group.get(key)

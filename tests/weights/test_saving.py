@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,12 +15,14 @@ from torch import nn
 import pipecompile
 from benchmarks.kill_saves import kill
 from pipecompile.errors import CheckpointError
+from pipecompile.runtime import connect
 from pipecompile.saving import Share, check_start, load_training, on_every_rank, save_checkpoint
-from pipecompile.weights import folder, optimizer_state, random_state
+from pipecompile.weights import folder, optimizer_state
 from pipecompile.weights.checkpoint import INDEX, open_checkpoint
 from pipecompile.weights.layout import Layout, everything
 from tests.compiled import case, files
 from tests.models import MODELS
+from tests.runtime.processes import run
 from tests.weights.killing import share
 
 
@@ -181,14 +185,39 @@ def test_hyperparameters_and_random_state_come_back(tmp_path: Path) -> None:
     model, optimizer, mine = tiny()
     torch.manual_seed(5)
     save_checkpoint(mine, tmp_path, 1, optimizer)
-    expected = torch.rand(3)
+    expected = torch.rand(3), random.random(), numpy.random.rand(3)
     other = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1), betas=(0.1, 0.2))
     load_training(mine, folder.newest(tmp_path), other)
-    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+    assert (numpy.random.rand(3) == expected[2]).all()
     assert float(other.param_groups[0]["lr"]) == 0.5
     assert other.param_groups[0]["betas"] == (0.9, 0.999)
-    with pytest.raises(KeyError):
-        random_state.give({})
+
+
+def test_a_parameter_of_no_stage_is_not_in_a_checkpoint(tmp_path: Path) -> None:
+    model, _, mine = tiny()
+    temperature = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.AdamW([temperature, *model.parameters()], lr=0.5)
+    save_checkpoint(mine, tmp_path, 1, optimizer)
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert load_training(mine, folder.newest(tmp_path), optimizer) == 1
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("lost", ["random", "files", "step"])
+def test_a_malformed_checkpoint(tmp_path: Path, lost: str) -> None:
+    _, optimizer, mine = tiny()
+    save_checkpoint(mine, tmp_path, 1, optimizer)
+    place = folder.newest(tmp_path)
+    state = json.loads((place / folder.STATE).read_text())
+    del state[lost]
+    (place / folder.STATE).write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=rf"step-00000001' is malformed \(KeyError: '{lost}'\); resume from anoth"):
+        load_training(mine, place, optimizer)
+    (place / folder.STATE).write_text("[]")
+    with pytest.raises(CheckpointError, match="is None of version None, but this pipecompile reads"):
+        load_training(mine, place, optimizer)
 
 
 def test_a_tensor_that_no_stage_holds(tmp_path: Path) -> None:
@@ -209,6 +238,22 @@ def test_a_full_disk() -> None:
         CheckpointError, match="the checkpoint cannot be written: No space left on device; give another"
     ):
         on_every_rank(work)
+
+
+def fail(rank: int) -> None:
+    connect(timeout_s=30)
+
+    def work() -> None:
+        if rank:
+            raise ValueError("the optimizer's state is a circle")
+
+    on_every_rank(work)
+
+
+def test_whatever_fails_on_one_rank_fails_on_all() -> None:
+    first, second = run(fail, 2)
+    assert "another rank could not write its part of the checkpoint" in str(first)
+    assert "the optimizer's state is a circle" in str(second)
 
 
 def test_kills_lose_no_checkpoint() -> None:
