@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipecompile.build_files import Files
 from pipecompile.capture import Loss, Step, copied
+from pipecompile.capture.unfit import refuse_unfit
 from pipecompile.check_batch import check_batch
 from pipecompile.errors import BuildError
 from pipecompile.ir.versions import updates
@@ -55,6 +56,7 @@ class Pipe(Part):
         timeout_s: float = 300.0,
         seed: int = 0,
     ) -> None:
+        refuse_unfit(model)
         super().__init__(files, model, local)
         check_mean(self.program, self.plan, self._world.replicas)
         self.loss = loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipecompile
+from pipecompile import Pipe
 from pipecompile.errors import CaptureError, RuntimeFault
 from tests.zoo.harness import compiled, run
 
@@ -219,6 +221,26 @@ def test_a_scripted_module_is_refused_by_name() -> None:
     model.blocks[1]["linear"] = torch.jit.trace(model.blocks[1]["linear"], batch["x"])
     with pytest.raises(CaptureError, match=r"blocks\.1\.linear is a TorchScript module.* give the module that"):
         compiled((model, batch, None), 3, 3, "1f1b")
+
+
+def test_lazy_modules_are_refused_until_they_have_seen_a_batch() -> None:
+    """Each rank would make weights of its own."""
+
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(WIDTH), nn.LazyBatchNorm1d(), nn.LazyLinear(WIDTH))
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).square().mean()
+
+    model, batch = lazy(), {"x": torch.randn(8, WIDTH)}
+    with pytest.raises(CaptureError, match=r"0\.weight and 8 more of lazy modules.* run the model once first"):
+        compiled((model, batch, loss), 3, 3, "1f1b")
+    with torch.no_grad():
+        loss(model, batch)
+    pipe = compiled((model, batch, loss), 3, 3, "1f1b")
+    assert torch.equal(pipe.step(batch), pipe.reference(copy.deepcopy(model), batch))
+    with pytest.raises(CaptureError, match="run the model once first"):
+        Pipe(pipe._files, lazy(), loss)
 
 
 class Recurrent(nn.Module):

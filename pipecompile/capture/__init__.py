@@ -50,6 +50,7 @@ from pipecompile.capture.step import Loss, Step, copied, default_loss
 from pipecompile.capture.structure import snapshot
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.capture.transforms import Transformed
+from pipecompile.capture.unfit import refuse_unfit
 from pipecompile.errors import CaptureError, PipecompileError, must_stay_whole
 from pipecompile.ir import Attribute, AttributeInfo, Graph, Ref, Spec, Value
 
@@ -66,7 +67,7 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None, opaque: tupl
     Raises CaptureError: the model fails by itself, gives no scalar loss, or cannot be traced (the message names the
     module, the user's line and the remedy). Turns ``use_cache`` off in the model's configuration; the graph's notes say so.
     """
-    _refuse_scripts(model)
+    refuse_unfit(model)
     step = Step(model, loss)
     hidden = _matching(model, opaque) | _recurrent(model)
     notes = _disable_cache(model) + _coupled(model, hidden)
@@ -176,15 +177,6 @@ def _matching(model: nn.Module, patterns: tuple[str, ...]) -> frozenset[str]:
                 f"opaque={pattern!r} names no module of {type(model).__name__}; modules are {_some(fqns)}"
             )
     return frozenset(fqn for fqn in fqns if any(fnmatchcase(fqn, pattern) for pattern in patterns))
-
-
-def _refuse_scripts(model: nn.Module) -> None:
-    for fqn, part in model.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            raise CaptureError(
-                f"{fqn or 'the model'} is a TorchScript module, whose calls cannot be seen; give the module that torch.jit.script "
-                "or torch.jit.trace was given"
-            )
 
 
 def _recurrent(model: nn.Module) -> frozenset[str]:

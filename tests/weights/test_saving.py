@@ -213,7 +213,9 @@ def test_a_malformed_checkpoint(tmp_path: Path, lost: str) -> None:
     state = json.loads((place / folder.STATE).read_text())
     del state[lost]
     (place / folder.STATE).write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match=rf"step-00000001' is malformed \(KeyError: '{lost}'\); resume from anoth"):
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000001' is malformed \(KeyError: '{lost}'\); resume from anoth"
+    ):
         load_training(mine, place, optimizer)
     (place / folder.STATE).write_text("[]")
     with pytest.raises(CheckpointError, match="is None of version None, but this pipecompile reads"):
