@@ -90,9 +90,9 @@ def give(optimizer: Optimizer, names: Names, saved: Mapping[str, Any], stored: M
         by_parameter.setdefault(name, {})[key] = read
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:  # of no stage: ``take`` has passed over it too
+            if id(parameter) not in names:  # of no stage: ``take`` has passed over it too
                 continue
+            name = names[id(parameter)]
             if name not in saved["parameters"]:
                 raise CheckpointError(
                     f"the checkpoint has no optimizer state for parameter {name!r}; make the same optimizer, "

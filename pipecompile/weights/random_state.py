@@ -14,7 +14,8 @@ import torch
 def take() -> dict[str, Any]:
     raw = bytes(torch.get_rng_state().tolist())
     version, numbers, rest = random.getstate()
-    kind, keys, *others = numpy.random.get_state()
+    drawn: Any = numpy.random.get_state()
+    kind, keys, *others = drawn
     return {
         "torch": base64.b64encode(raw).decode(),
         "python": [version, list(numbers), rest],
