@@ -24,7 +24,13 @@ from pipecompile.capture.blocks import Blocks, NeedsFullTrace
 from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.decisions import decisions
 from pipecompile.capture.eager import Observation, observe
-from pipecompile.capture.exporting import conversions_skipped, masks_known, quiet, told_that_it_is_not_exported
+from pipecompile.capture.exporting import (
+    conversions_skipped,
+    data_followed,
+    masks_known,
+    quiet,
+    told_that_it_is_not_exported,
+)
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.opaque_shapes import OpaqueShapes
 from pipecompile.capture.operations import dtype_name, input_path
@@ -264,6 +270,7 @@ def _export(task: Task, open_: Labels, recorder: Recorder) -> ExportedProgram:
             torch.enable_grad(),  # in the caller's gradient mode tracing would drop gradients under no_grad
             conversions_skipped(),
             masks_known(),
+            data_followed(),
             quiet(),
         ):
             return export(task.step, (batch,), dynamic_shapes=shapes, strict=False)

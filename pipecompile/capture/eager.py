@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from pipecompile.capture.checkpoints import straight_through
 from pipecompile.capture.draws import Draws, refuse_foreign_draws
+from pipecompile.capture.exporting import data_followed
 from pipecompile.capture.functions import OUTSIDE, Functions
 from pipecompile.capture.questions import Questions
-from pipecompile.capture.state import plain_attributes, reassigned, untouched
+from pipecompile.capture.state import plain_attributes, reassigned, refuse_changed_parameters, untouched, versions
 from pipecompile.capture.structure import Tensor, Unrenderable, rebuild
 from pipecompile.capture.tracepoints import Recorder, Tracepoint
 from pipecompile.errors import CaptureError
@@ -91,9 +92,10 @@ def observe(step: nn.Module, model: nn.Module, batch: Any) -> Observation:
         draws.watched(recorder),
     ):
         before = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
-        attributes = plain_attributes(model)
-        with questions.answered(recorder, tracing=False):
+        attributes, parameters = plain_attributes(model), versions(model)
+        with questions.answered(recorder, tracing=False), data_followed():
             functions.look(step(batch))
+        refuse_changed_parameters(model, parameters)
         changed, replaced = [], []
         for name, (buffer, contents) in before.items():
             if not buffer.is_meta and not torch.equal(buffer, contents):

@@ -7,11 +7,13 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+TORCH = str(Path(torch.__file__).parent)
 QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 
@@ -46,6 +48,35 @@ def conversions_skipped() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def data_followed() -> Iterator[None]:
+    """While this lasts, ``tensor.data`` in a model's code is ``tensor.detach()``, and an assignment to it is one in place.
+
+    A trace knows nothing of ``.data``: what is done with it would be lost.
+    """
+    original: Any = torch.Tensor.data
+
+    def get(tensor: torch.Tensor) -> Any:
+        return original.__get__(tensor) if _called_by_torch() else tensor.detach()
+
+    def set(tensor: torch.Tensor, value: torch.Tensor) -> None:
+        if _called_by_torch() or value.shape != tensor.shape or value.dtype != tensor.dtype:
+            original.__set__(tensor, value)
+        else:
+            tensor.detach().copy_(value.detach())
+
+    kind: Any = torch.Tensor
+    kind.data = property(get, set)
+    try:
+        yield
+    finally:
+        del kind.data
+
+
+def _called_by_torch() -> bool:
+    return sys._getframe(2).f_code.co_filename.startswith(TORCH)
 
 
 @contextmanager

@@ -103,6 +103,8 @@ class Reader:
             return self._region(node, args, context)
         if self._is_identity(node, args):
             return args[0]
+        if node.target._opname == "_has_compatible_shallow_copy_type":
+            return self._assigned_data(node, args, context)
         return self._append(node, args, kwargs, context)
 
     def _opaque(self, node: fx.Node, args: list[Any], context: tuple[str, ...]) -> Any:
@@ -135,6 +137,21 @@ class Reader:
             raise CaptureError(f"operation {name} outside of the model cannot be split; move it into a module")
         self.whole.setdefault(self.stack[-1], f"it uses the operation {name}")
         return self._append(node, [a for a in args if not isinstance(a, fx.GraphModule)], {}, context)
+
+    def _assigned_data(self, node: fx.Node, args: list[Any], context: tuple[str, ...]) -> Any:
+        """An assignment to ``.data``, of which the trace has only a question that came before it."""
+        place = contents.place(node)
+        if not self.stack or not self.recorder.calls[self.stack[-1]].fqn:
+            raise CaptureError(
+                f"the model's own forward or the loss function gives .data another size or dtype{place and f' ({place})'}, "
+                "which a trace does not follow; change the tensor in place under torch.no_grad, or move that line into a "
+                "module of its own"
+            )
+        self.whole.setdefault(self.stack[-1], f"it gives .data another size or dtype ({place})")
+        result = self._append(node, args, {}, context)
+        written = (args[0].fqn,) if isinstance(args[0], Attribute) else ()
+        self.nodes[-1] = replace(self.nodes[-1], written_buffers=written)
+        return result
 
     def _is_identity(self, node: fx.Node, args: list[Any]) -> bool:
         """Whether the operation gives its first argument itself, as torch does it (the tensor, not a copy)."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipecompile.errors import CaptureError
+
 PLAIN = (type(None), bool, int, float, str)
 Memory = tuple[int, tuple[int, ...], tuple[int, ...]] | None
 Attributes = dict[tuple[str, str], object]
@@ -72,6 +74,29 @@ def _give_back(model: nn.Module, buffers: Mapping[str, Tensor], attributes: Attr
     for (fqn, name), value in attributes.items():
         if vars(modules[fqn]).get(name, modules) is not value:  # another one, or none
             setattr(modules[fqn], name, value)
+
+
+Versions = dict[str, tuple[torch.Tensor, int]]
+
+
+def versions(model: nn.Module) -> Versions:
+    """Every parameter, and how often it has been changed in place."""
+    return {name: (p, p._version) for name, p in model.named_parameters()}
+
+
+def refuse_changed_parameters(model: nn.Module, before: Versions) -> None:
+    """CaptureError for a parameter that a forward has changed, but for the lengths that an embedding keeps (max_norm)."""
+    after = versions(model)
+    limited = {id(part.weight) for part in model.modules() if getattr(part, "max_norm", None) is not None}
+    for name, (parameter, version) in before.items():
+        same = after.get(name, (None, 0))[0] is parameter
+        if same and (parameter._version == version or id(parameter) in limited):
+            continue
+        raise CaptureError(
+            f"parameter {name!r} is {'changed' if same else 'replaced'} by the forward itself, so that microbatches on their "
+            "way would meet each other's changes; change it after optimizer.step(), or make it a buffer that is changed in "
+            "place under torch.no_grad"
+        )
 
 
 def reassigned(model: nn.Module, before: Attributes) -> dict[str, str]:
