@@ -27,7 +27,7 @@ from pipecompile.masters import read_dtype
 from pipecompile.opened import read_files
 from pipecompile.pipe import Pipe
 from pipecompile.recomputing import Recompute, read_modes
-from pipecompile.rehearsing import FAKE, Rehearsal, has_autocast, kernels_of
+from pipecompile.rehearsing import FAKE, WHOLE, Rehearsal, has_autocast, kernels_of
 from pipecompile.runtime import device_of, from_first_rank, main_gradients_aside, split
 from pipecompile.simulate import Link
 from pipecompile.weighing import weigh
@@ -150,7 +150,9 @@ def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machin
             kernels=(FAKE if has_autocast(parts.graph) else kernels_of(device_of(model, microbatch).type),)
             * len(bodies),
         )
-    return Rehearsal(model, machine, options.gradient_dtype) if options.memory is None else None
+    if options.memory is not None:
+        return None
+    return Rehearsal(model, machine, options.gradient_dtype, halves=options.schedule not in WHOLE)
 
 
 def _check(compiled: Compiled, model: nn.Module, microbatch: Any, loss: Loss | None) -> str:

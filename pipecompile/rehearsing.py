@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ from pipecompile.weighing import MICROBATCHES, Scale, add_use, programs, standin
 
 FAKE = "fake"
 """Kernels of the CPU on torch's fake tensors, beside those of the CPU and of CUDA on the meta device."""
+
+WHOLE = frozenset({"gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "looped-bfs"})
+"""Schedules that split no backward, so that the halves of one need no rehearsal."""
 
 Uses = tuple[Use, ...]
 
@@ -120,7 +124,10 @@ def _fake() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """Stages that are rehearsed: how they are wired, the tensors of a microbatch, the dtype of masters (empty: none)."""
+    """Stages that are rehearsed: how they are wired, the tensors of a microbatch, the dtype of masters (empty: none).
+
+    ``halves``: split backwards are rehearsed too.
+    """
 
     partition: Partition
     plans: tuple[StagePlan, ...]
@@ -128,6 +135,7 @@ class Play:
     loss: str
     weight: str
     gradient_dtype: str
+    halves: bool = True
 
     def uses(self, stage: nn.Module, index: int, kernels: str) -> Uses:
         """What stage ``index`` would take. What needs contents or has no kernel raises errors of any kind."""
@@ -143,7 +151,7 @@ class Play:
         return tuple(found)
 
     def _run(self, stage: nn.Module, index: int, batch: Any, stand: Stand) -> Iterator[Use]:
-        for split, program in enumerate(programs(self.partition)):
+        for split, program in enumerate(islice(programs(self.partition), 2 if self.halves else 1)):
             row = wire(program, index, {index: stage}, by_index(self.plans, program), self.loss, self.weight)
             executor = Executor(row, stand, SUMMED_ALREADY, 1, not self.weight, splits_all=stand.kernels == "cuda")
             meter = stand.meter()
@@ -158,11 +166,15 @@ class Play:
 
 @dataclass
 class Rehearsal:
-    """Rehearses the stages that ``model`` is cut into, for a machine; what is known of equal ones is kept."""
+    """Rehearses the stages that ``model`` is cut into, for a machine; what is known of equal ones is kept.
+
+    ``halves``: split backwards too.
+    """
 
     model: nn.Module
     machine: Machine
     gradient_dtype: str = ""
+    halves: bool = True
     known: dict[str, tuple[str, Uses]] = field(default_factory=dict)
 
     def __call__(self, parts: Split, bodies: tuple[StageBody, ...], sources: Sequence[str]) -> Split:
@@ -176,6 +188,7 @@ class Rehearsal:
             parts.graph.loss,
             parts.graph.weight,
             self.gradient_dtype,
+            self.halves,
         )
         attempts = (FAKE,) if has_autocast(parts.graph) else (kernels, FAKE)
         for s, key in enumerate(keys):
@@ -210,7 +223,8 @@ def at_other_sizes(stages: Mapping[int, nn.Module]) -> Callable[[Plan], tuple[Us
     def of(plan: Plan) -> tuple[Uses, ...]:
         sizes = tuple(plan.sizes.values())
         if sizes not in known:
-            play = Play(plan.partition, plan.stages, plan.inputs, plan.loss, plan.weight, plan.gradient_dtype)
+            halves = plan.schedule not in WHOLE
+            play = Play(plan.partition, plan.stages, plan.inputs, plan.loss, plan.weight, plan.gradient_dtype, halves)
             first = {
                 s: [relative(use, s) for use in play.uses(stages[s], s, plan.kernels[s])]
                 for s in dict.fromkeys(plan.alike)

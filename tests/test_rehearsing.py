@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from pipecompile.compiler import compile_model
 from pipecompile.cost import estimate
 from pipecompile.cost.kernels import Kernels, workspace_bytes
 from pipecompile.cost.meter import TensorMeter
-from pipecompile.ir import Use
+from pipecompile.errors import ScheduleError
+from pipecompile.ir import COMPUTE, Shape, Use
 from pipecompile.machine import MACHINES, find_machine
 from pipecompile.passes.assemble import StageBody
 from pipecompile.passes.opening import Split
-from pipecompile.rehearsing import Rehearsal
+from pipecompile.passes.schedules import make_timetable
+from pipecompile.rehearsing import WHOLE, Rehearsal
 from pipecompile.runtime import split
 from tests.models import gpt2, llama
 from tests.zoo.families import regions
@@ -235,3 +238,17 @@ def test_a_machine_says_which_kernels_it_runs() -> None:
         held[name] = pipe.forecast.peak_bytes[0]
     assert held["cpu"] < 1 << 16
     assert held["h100"] >= 2 * (32 << 20)
+
+
+def test_halves_are_rehearsed_only_for_schedules_that_split() -> None:
+    for name in WHOLE:
+        for shape in (Shape(4, 4, 3), Shape(4, 4, 8), Shape(4, 2, 8)):
+            with suppress(ScheduleError):
+                assert "BACKWARD_INPUT" not in {one.op for row in make_timetable(name, shape).rows for one in row}
+    model, batch, loss = llama()
+    options: dict[str, Any] = {"loss": loss, "stages": 2, "microbatches": 4, "costs": "estimate", "check": False}
+    for schedule, ops in (("1f1b", {"BACKWARD"}), ("zb-h1", {"BACKWARD", "BACKWARD_INPUT", "BACKWARD_WEIGHT"})):
+        pipe = pipecompile.compile(model, batch, schedule=schedule, **options)
+        for cost in pipe.plan.partition.costs:
+            assert {use.op for use in cost.uses if use.op in COMPUTE} == {"FORWARD", *ops}
+        assert max(pipe.plan.at(batch=8).forecast.peak_bytes) > max(pipe.forecast.peak_bytes)
