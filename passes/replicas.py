@@ -24,11 +24,9 @@ def for_replicas(program: Program, replicas: int) -> Program:
     """The program that each of ``replicas`` runs; the same one if there is one only."""
     if replicas < 1:
         raise ScheduleError(f"replicas is {replicas}, expected at least 1")
-    return (
-        program
-        if replicas == 1 or updates(program.rows)
-        else replace(program, rows=tuple(map(_with_sums, program.rows)))
-    )
+    if replicas == 1 or updates(program.rows):
+        return program
+    return replace(program, rows=tuple(map(_with_sums, program.rows)))
 
 
 def _with_sums(row: tuple[Instruction, ...]) -> tuple[Instruction, ...]:

@@ -77,3 +77,8 @@ def must_stay_whole(fqn: str, reason: str, obstacle: str = "") -> str:
         f"{name} cannot be split: {reason}, which only survives if the module is called as a whole, "
         f"but {why}; move that code into a module of its own whose inputs and outputs are tensors"
     )
+
+
+def briefly(error: Exception) -> str:
+    """An error's class and the beginning of what it says, for a note."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

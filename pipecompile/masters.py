@@ -41,10 +41,15 @@ def with_masters(graph: Graph, dtype_name: str) -> Graph:
     return replace(graph, attributes=attributes)
 
 
+def _has_master(parameter: Tensor, dtype_name: str) -> bool:
+    """Whether a parameter is trained as a master of the named dtype (empty: none is)."""
+    return bool(dtype_name) and parameter.requires_grad and parameter.dtype in NARROW
+
+
 @contextmanager
 def main_gradients(parameters: Iterable[Tensor], dtype_name: str) -> Iterator[None]:
     """While this lasts, narrow parameters have main gradients of the named dtype (empty: none)."""
-    narrow = [p for p in parameters if dtype_name and p.requires_grad and p.dtype in NARROW]
+    narrow = [p for p in parameters if _has_master(p, dtype_name)]
     for p in narrow:
         keep_main_gradient(p, getattr(torch, dtype_name))
     try:
@@ -79,7 +84,7 @@ class Masters:
         self._seen: dict[int, int] = {}
         for p in parameters:
             forget_main_gradient(p)
-            if dtype_name and p.requires_grad and p.dtype in NARROW:
+            if _has_master(p, dtype_name):
                 refuse_optimizers_of_narrow_parameters()
                 dtype = getattr(torch, dtype_name)
                 keep_main_gradient(p, dtype)

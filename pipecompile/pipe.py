@@ -98,8 +98,8 @@ class Pipe(Part):
 
         A schedule that never flushes (``pipedream``, ``pipedream-2bw``) updates weights while it runs, with ``optimizer``
         over ``parameters()``: after each microbatch, by the gradient of its loss, or after each group of as many
-        microbatches as ranks, by that of their mean loss, over all replicas; gradients are used up. Microbatches read weights that are some
-        updates old, as the schedule's own file states. A step begins and ends with one version of the weights.
+        microbatches as ranks, by that of their mean loss, over all replicas; gradients are used up. Microbatches read
+        weights that are some updates old, as the schedule's own file states. A step begins and ends with one version of the weights.
         ``ran`` gets the instructions that this process ran, with ``time.perf_counter`` when each began and ended.
         Gradients are scaled by ``scaler`` (``grad_scaler()``), the loss is not.
 

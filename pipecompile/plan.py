@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipecompile.errors import BuildError
+from pipecompile.errors import BuildError, briefly
 from pipecompile.ir import (
     Condition,
     Forecast,
@@ -146,8 +146,7 @@ class Plan:
                 raise LookupError("not all stages are in this process")
             uses = self.rehearse(self)
         except Exception as error:  # what needs contents or has no kernel raises errors of any kind
-            said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            note = f"peak memory at these sizes is only a sum over the parts of the stages: {said}"
+            note = f"peak memory at these sizes is only a sum over the parts of the stages: {briefly(error)}"
             return replace(self, notes=tuple(dict.fromkeys((*self.notes, note))))
         return replace(self, costs=tuple(replace(cost, uses=use) for cost, use in zip(self.costs, uses, strict=True)))
 

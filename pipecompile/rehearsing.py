@@ -27,6 +27,7 @@ from pipecompile.compare import gradients_aside
 from pipecompile.cost.kernels import BLOCK, PRODUCTS, Kernels, workspace_bytes
 from pipecompile.cost.meter import TensorMeter
 from pipecompile.cost.stopwatch import Stopwatch
+from pipecompile.errors import briefly
 from pipecompile.ir import RECEIVES, Graph, Partition, Path, StagePlan, Use, Value
 from pipecompile.machine import Machine
 from pipecompile.masters import main_gradients
@@ -246,6 +247,7 @@ def has_autocast(graph: Graph) -> bool:
 
 
 def _with_note(parts: Split, error: Exception) -> Split:
-    said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    note = f"peak memory is only a sum over the parts of the stages, which cannot be run without values: {said}"
+    note = (
+        f"peak memory is only a sum over the parts of the stages, which cannot be run without values: {briefly(error)}"
+    )
     return replace(parts, graph=replace(parts.graph, notes=(*parts.graph.notes, note)))

@@ -11,7 +11,6 @@ import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from pipecompile.capture.exporting import (
     quiet,
     told_that_it_is_not_exported,
 )
+from pipecompile.capture.folders import OUTSIDE
 from pipecompile.capture.naming import rename_call, rename_node, rename_value, rename_values, without_defaults
 from pipecompile.capture.opaque_shapes import OpaqueShapes
 from pipecompile.capture.operations import dtype_name, input_path
@@ -289,11 +289,7 @@ def _first_line(error: Exception) -> str:
 
 def _where(error: BaseException) -> str:
     """The user's own file and line in an error's traceback: the last frame outside of torch."""
-    torch_folder = str(FilePath(torch.__file__).parent)
-    ours = str(FilePath(__file__).parent)
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_folder, ours, "<"))
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OUTSIDE)]
     return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipecompile.capture.folders import OURS, TORCH
 from pipecompile.capture.remedies import Untraceable
 from pipecompile.ir import AtMost
 
 LARGEST = 1 << 30
 CHECKS = ("aten._assert", "aten.sym_constrain", "aten.sym_size")
-OURS = str(Path(__file__).parent)
-TORCH = str(Path(torch.__file__).parent)
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 

@@ -7,13 +7,13 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-TORCH = str(Path(torch.__file__).parent)
+from pipecompile.capture.folders import TORCH
+
 QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 

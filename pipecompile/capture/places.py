@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.overrides import TorchFunctionMode
 
+from pipecompile.capture.folders import OUTSIDE
 from pipecompile.capture.tracepoints import Recorder
-
-OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
-"""Where code lies that is not the model's."""
 
 
 class Places(TorchFunctionMode):

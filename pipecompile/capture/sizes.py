@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -24,6 +23,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from pipecompile.capture import contents
+from pipecompile.capture.folders import OURS, TORCH
 from pipecompile.capture.places import Places
 from pipecompile.ir.size import BATCH, SEQUENCE, Condition, Size, evaluate
 
@@ -177,10 +177,10 @@ def _is_limit(expression: Any) -> bool:
 
 
 def _in_torch(place: Any) -> bool:
-    if contents.OURS in str(place):
+    if OURS in str(place):
         return True
     file = getattr(getattr(place, "framework_loc", None), "filename", "")
-    return not getattr(place, "maybe_user_loc", None) and file.startswith(str(Path(torch.__file__).parent))
+    return not getattr(place, "maybe_user_loc", None) and file.startswith(TORCH)
 
 
 def where(place: Any) -> str:

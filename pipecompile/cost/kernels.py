@@ -23,6 +23,8 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipecompile.errors import CostError
+
 aten = torch.ops.aten
 ATTENTION = (
     F.scaled_dot_product_attention,
@@ -163,7 +165,10 @@ def _dropout(plain: Any, input: Tensor, p: float = 0.5, training: bool = True, i
 
 def _refuse(args: Any) -> None:
     if any(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta) for x in args):
-        raise NotImplementedError("what a recurrent network keeps is known to its library alone")
+        raise CostError(
+            "what a recurrent network (LSTM, GRU, RNN) keeps for its backward is known to its library alone; measure the "
+            "costs, which runs it"
+        )
 
 
 def workspace_bytes(func: Any, args: Sequence[Any]) -> int:

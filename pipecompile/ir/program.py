@@ -67,9 +67,8 @@ class Instruction:
     ``values`` are the tensors of a message, or the shared parameters of a REDUCE_GRAD, whose ``peers`` are the stages
     on other ranks that hold them too. REDUCE_REPLICAS sums the stage's other gradients over the replicas of the program;
     REDUCE_GRAD sums over them as well. Sums have microbatch -1. UPDATE steps the optimizer inside a step, with the
-    gradients up to ``microbatch``, on the stage's own parameters or on the shared ones in ``values``, after summing them over
-    the replicas; ``version`` is the
-    one that it makes, or that a computation reads (-1: there is but one).
+    gradients up to ``microbatch``, on the stage's own parameters or on the shared ones in ``values``, after summing them
+    over the replicas; ``version`` is the one that it makes, or that a computation reads (-1: there is but one).
     """
 
     op: str

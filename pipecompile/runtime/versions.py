@@ -25,6 +25,7 @@ from pipecompile.ir import Program
 from pipecompile.ir.versions import LAST, group_ends, group_of, members, versions_read
 from pipecompile.runtime.executor import Executor, Step
 from pipecompile.runtime.messages import Plans
+from pipecompile.runtime.split_backward import hooked
 from pipecompile.runtime.wiring import Backward, Forward, Update
 
 SumOverRanks = Callable[[Tensor, tuple[int, ...]], None]
@@ -99,7 +100,7 @@ class Line:
         if add is None and over_replicas is not None:
             over_replicas(self.parameters)
         for p in self.parameters:
-            if (gradient := p.grad) is not None and has_hooks(p):
+            if (gradient := p.grad) is not None and hooked([p]):
                 p.grad = None
                 torch.autograd.backward([p], [gradient])  # of a leaf: its hooks see the gradient
         optimizer.step()
@@ -129,7 +130,6 @@ class Versions:
         sum_over_replicas: SumOverReplicas | None = None,
         replicas: int = 1,
     ) -> None:
-        self._program = program
         self._optimizer: torch.optim.Optimizer | None = None
         self._sum, self._over_replicas, self._replicas = sum_over_ranks, sum_over_replicas, replicas
         self._ends = group_ends(program.rows)
@@ -172,7 +172,7 @@ class Versions:
         """A step of so many microbatches begins, whose updates ``optimizer`` makes."""
         if optimizer is None:
             raise RuntimeFault("this program updates weights inside a step; give step(batch, optimizer)")
-        if microbatches < (wanted := self._program.shape.microbatches):
+        if microbatches < (wanted := self._microbatches):
             raise BatchError(
                 f"the batch has {microbatches} rows, fewer than the {wanted} microbatches by which this program updates "
                 "weights; leave such a batch out (drop_last=True of a DataLoader), or use a schedule that flushes"
@@ -180,8 +180,8 @@ class Versions:
         self._optimizer = optimizer
         for line in self._lines.values():
             line.begin()
-            for p in line.parameters:
-                if len(self._ends) < self._microbatches and has_hooks(p):
+            for p in line.parameters if len(self._ends) < self._microbatches else ():
+                if hooked([p]):
                     raise RuntimeFault(
                         f"a parameter of shape {tuple(p.shape)} has a hook, which would see the mean of several "
                         "microbatches' gradients, not each of them; take the hook off, or compile with pipedream, which "
@@ -244,19 +244,12 @@ class Versions:
         assert self._optimizer is not None
         for key in op.values or (op.stage,):
             line = self._lines.get(key)
-            if (
-                line is None or line.newest >= op.version
-            ):  # nothing is trained, or another rank of this process was first
-                continue
+            if line is None or line.newest >= op.version:
+                continue  # nothing is trained, or another rank of this process was first
             add = None
             if self._sum is not None and len(op.ranks) > 1:
                 add = _bound(self._sum, op.ranks)
             line.update(self._optimizer, add, self._over_replicas)
-
-
-def has_hooks(parameter: nn.Parameter) -> bool:
-    """Whether somebody looks at, or changes, the gradients of a parameter."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _bound(sum_over_ranks: SumOverRanks, ranks: tuple[int, ...]) -> Callable[[Tensor], None]:
