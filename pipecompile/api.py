@@ -21,6 +21,7 @@ from pipecompile.compiled import Compiled, Options
 from pipecompile.compiler import Weigh, compile_model
 from pipecompile.cost import NodeCost, estimate, existing, measure, read_costs, stage_formulas
 from pipecompile.errors import ScheduleError, VerificationError
+from pipecompile.garbage import seldom_searched
 from pipecompile.ir import Graph, Shape, StageFormulas
 from pipecompile.machine import Machine, find_machine, parse_bytes
 from pipecompile.masters import read_dtype
@@ -103,7 +104,7 @@ def compile(
         plan = compiled.plan(source or {}, note, _formulas(compiled, device))
         return json.dumps(build_files(plan, compiled.program, compiled.sources))
 
-    with main_gradients_aside(model.parameters()):  # of an older pipe of the model
+    with seldom_searched(), main_gradients_aside(model.parameters()):  # of an older pipe of the model
         found = json.loads(from_first_rank(files))
     return Pipe(found, model, loss)
 

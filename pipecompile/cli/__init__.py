@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import os
 import sys
@@ -18,6 +20,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 if it did what was asked, 1 for a user's error, 2 for a usage error,
     130 if it was interrupted."""
+    atexit.register(gc.freeze)  # what is left then goes with the process: looking for cycles in it takes a second
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words and words[0] in COMMANDS else "compile"
     rest = words[1:] if words and words[0] in COMMANDS else words

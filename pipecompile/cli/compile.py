@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pipecompile.cli.output import standard_output
+from pipecompile.garbage import seldom_searched
 
 if TYPE_CHECKING:
     from pipecompile.plan import Plan
@@ -44,14 +45,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, out: TextIO) -> int:
-    import torch
+    with seldom_searched():
+        import torch
 
-    import pipecompile
-    from pipecompile.model_file import read_model_file
+        from pipecompile.api import compile
+        from pipecompile.model_file import read_model_file
 
-    file = read_model_file(options.model)
-    model, batch = file.model(), file.batch()
-    pipe = pipecompile.compile(
+        file = read_model_file(options.model)
+        model, batch = file.model(), file.batch()
+    pipe = compile(
         model,
         batch,
         stages=options.stages,
