@@ -94,6 +94,29 @@ class NoneOutput(Net):
         return first + second + same
 
 
+class ChangesAResult(Net):
+    """The dict that a module gives is changed by its caller, as vision-language models of transformers do."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            y = self.linear(x)
+            return {"pooled": y.sin(), "hidden": y.cos()}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twos = nn.ModuleList(self.Two() for _ in range(6))
+
+    def between(self, x: Tensor, index: int) -> Tensor:
+        given = self.twos[index](x)
+        pooled = given.pop("pooled")
+        given["pooled"] = [pooled * 2, pooled] if index == 2 else pooled
+        return given["hidden"] + 3 * pooled
+
+
 class Regions(Net):
     def between(self, x: Tensor, index: int) -> Tensor:
         with torch.no_grad():
@@ -306,7 +329,7 @@ class OddOperations(Net):
 
 
 EXACT = [
-    TuplesAtCuts, CastToItsOwnType, ReturnsItsInput, NoneOutput, Regions, LeakedByHook, TwoKinds, OddNames, CustomInModules, Checkpointed,
+    TuplesAtCuts, CastToItsOwnType, ReturnsItsInput, NoneOutput, ChangesAResult, Regions, LeakedByHook, TwoKinds, OddNames, CustomInModules, Checkpointed,
     ReentrantCheckpointed, ReplacedBuffer, MaskWhenExporting, ReadsOnlyTheType, NoiseForAll, OddOperations,
     FailsWhenExported,
 ]  # fmt: skip

@@ -53,7 +53,7 @@ from pipecompile.capture.sizes import (
 )
 from pipecompile.capture.state import held_twice, memory, untouched
 from pipecompile.capture.step import Loss, Step, copied, default_loss
-from pipecompile.capture.structure import snapshot
+from pipecompile.capture.structure import snapshot, tensors
 from pipecompile.capture.tracepoints import Recorder
 from pipecompile.capture.transforms import Transformed
 from pipecompile.capture.unfit import refuse_unfit
@@ -195,7 +195,7 @@ def _some(names: list[str]) -> str:
 
 
 def _trace(task: Task, open_: Labels, fixed: dict[str, str], shapes: OpaqueShapes, repeats: bool) -> Graph:
-    recorder = Recorder(mark=True, keep=snapshot, functions=task.seen.functions)
+    recorder = Recorder(mark=True, keep=snapshot, keep_result=tensors, functions=task.seen.functions)
     places = Places(recorder)
     blocks = Blocks(recorder, task.seen.calls, task.opaque, repeats, changing=task.seen.changing)
 

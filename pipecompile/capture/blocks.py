@@ -130,8 +130,7 @@ class Blocks:
             if template == index:
                 return original(*args, **kwargs)
             self.recorder.repeat(index, template)
-            results = pytree.tree_leaves(self.recorder.calls[template].result)
-            shapes = [(t.shape, t.stride()) for t in results if isinstance(t, torch.Tensor)]
+            shapes = [(t.shape, t.stride()) for _, t in self.recorder.calls[template].result]
             return _results(seen, [tensor for _, tensor in tensors((args, kwargs))], index, shapes)
 
         return forward

@@ -322,7 +322,7 @@ class Reader:
             return
         self.stack.remove(index)
         self._told_by_eager(index, seen, marked)
-        results = [(path, leaf.name) for (path, _), leaf in zip(tensors(seen.result), marked) if isinstance(leaf, Ref)]
+        results = [(path, leaf.name) for (path, _), leaf in zip(seen.result, marked) if isinstance(leaf, Ref)]
         self.calls[index] = replace(self.calls[index], last=len(self.nodes), results=tuple(results))
 
     def _told_by_eager(self, index: int, seen: Tracepoint, marked: list[Any]) -> None:

@@ -35,7 +35,8 @@ REGION = 1 << 32
 
 @dataclass(slots=True)
 class Tracepoint:
-    """One call of a module as it was seen: its arguments, its result, and the calls inside (up to ``end``).
+    """One call of a module as it was seen: its arguments, what is remembered of its result (a caller may change that
+    itself), and the calls inside (up to ``end``).
 
     A call that repeats another one has that one as its ``template``, and ``clones`` of the calls inside of it.
     """
