@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipecompile.errors import BuildError, RuntimeFault
 from tests.test_step_options import accumulate, uneven
-from tests.test_training import WIDTH, Tied, assert_same_gradients, compiled, cross_entropy, tokens, words
+from tests.test_training import MICROBATCHES, WIDTH, Tied, assert_same_gradients, compiled, cross_entropy, tokens, words
 
 
 def both(
@@ -140,8 +140,26 @@ def test_a_parameter_without_a_gradient_has_none(options: dict[str, Any]) -> Non
     assert_none_stays_none(**options)
 
 
+def assert_updates_meet_none(**options: Any) -> None:
+    """A layer that several stages share, and that no word of the batch names, is not touched by the optimizer."""
+    pipe = compiled(Routed(), cross_entropy, words_of(0, 1, 2, 3), opaque=("blocks.*",), schedule="pipedream", **options)
+    shared = [p for name, p in pipe.named_parameters() if "layers.3" in name]
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1, weight_decay=0.1)
+    met: list[bool] = []
+    optimizer.register_step_pre_hook(lambda *_: met.extend(p.grad is not None for p in shared))
+    for chosen, expected in ((1, False), (3, True)):
+        met.clear()
+        pipe.step(words_of(chosen), optimizer)
+        assert met.count(True) == expected * MICROBATCHES * len(shared)
+
+
+def test_an_update_without_a_gradient_changes_nothing() -> None:
+    assert_updates_meet_none()
+
+
 def ranks_leave_none() -> None:
     assert_none_stays_none(schedule="interleaved-1f1b", ranks=2)
+    assert_updates_meet_none(stages=2)
 
 
 def test_layers_that_are_frozen_later() -> None:

@@ -8,6 +8,7 @@ from pipecompile.runtime import connect
 from tests.runtime.processes import run
 from tests.test_masters import ranks_resume_masters, replicas_train_masters
 from tests.test_scaling import ranks_scale_alike
+from tests.test_sparse import ranks_sum_sparse_gradients
 from tests.test_step_options import (
     assert_uneven_is_exact,
     ranks_give_outputs,
@@ -31,6 +32,7 @@ CASES = (
     ranks_take_uneven_batches,
     ranks_scale_alike,
     ranks_leave_none,
+    ranks_sum_sparse_gradients,
     ranks_give_outputs,
     replicas_train_masters,
     replicas_take_small_batches,

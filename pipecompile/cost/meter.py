@@ -7,7 +7,7 @@ of itself is not. On an accelerator the allocator keeps the count.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -57,14 +57,12 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given = None
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in self._known:
-                    if given is None:
-                        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-                    if id(storage) not in given:  # else a view of what was there before
-                        self._count(storage)
+        for storage in _storages(result):
+            if id(storage) not in self._known:
+                if given is None:
+                    given = set(map(id, _storages((args, kwargs))))
+                if id(storage) not in given:  # else a view of what was there before
+                    self._count(storage)
         if self._workspace is not None:
             self.peak = max(self.peak, self.live + self._workspace(func, args))
         return result
@@ -111,3 +109,11 @@ class AllocatorMeter:
 def meter_of(device: torch.device) -> Meter:
     """What counts the bytes on ``device``."""
     return AllocatorMeter(device) if device.type == "cuda" else TensorMeter()
+
+
+def _storages(whole: Any) -> Iterator[Any]:
+    """The storages of the tensors in a structure; a sparse tensor has those of its rows and of their places."""
+    for tensor in tree_leaves(whole):
+        if isinstance(tensor, Tensor):
+            for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+                yield part.untyped_storage()

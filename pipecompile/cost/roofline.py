@@ -57,7 +57,7 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def charge(self, flops: float, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
         """Add one kernel."""
         made = list(written)
-        moved = {id(tensor): tensor.nbytes for tensor in (*read, *made)}
+        moved = {id(tensor): _bytes(tensor) for tensor in (*read, *made)}
         dtype = next((tensor.dtype for tensor in made if tensor.is_floating_point()), torch.float32)
         self.kernels.append(Kernel(flops, sum(moved.values()), str(dtype).removeprefix("torch.")))
 
@@ -70,6 +70,13 @@ def _is_free(func: Any) -> bool:
         or name in ("detach", "_unsafe_view", "lift_fresh")
         or name.startswith(("empty", "new_empty"))
     )
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What is moved of a tensor: of a sparse one (the gradient of an embedding with sparse=True) its rows and their places."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    return tensor.nbytes
 
 
 def tensors(whole: Any) -> list[Tensor]:

@@ -92,7 +92,7 @@ class RankRuntime:
         channels = StreamChannels if ends.on_device else Channels
         self._channels = channels(program, rank, found, self._device, meeting, self._totals, ends)
         shared = shared_parameters(stages, found)
-        self._shared_sums = SharedSums(program, world, shared, self._device, self._timeout, self._wait)
+        self._shared_sums = SharedSums(program, world, shared, self._timeout, self._wait)
         self._everyone, self._replicas = groups_of(world, self._device, self._timeout)
         if ends.on_device:
             check_queues(len(self._channels) + len(self._shared_sums) + 1 + (self._replicas is not None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,60 @@ from pipecompile.runtime.wiring import Reduce
 SHARING = "the ranks that share a parameter"
 
 
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums that go on over a group: of the gradients of some parameters, and of how many ranks have any, and a dense one.
+
+    ``copies`` are the parameters' tensors on this rank, ``mine`` its own gradients.
+    """
+
+    group: Any
+    copies: Sequence[Sequence[Tensor]]
+    mine: Sequence[Tensor | None]
+    gradients: Sequence[tuple[Any, Tensor]]
+    counts: tuple[Any, Tensor]
+
+    @staticmethod
+    def start(group: Any, copies: Sequence[Sequence[Tensor]], mine: Sequence[Tensor | None]) -> Sums:
+        gradients = [_dense(some[0], gradient) for some, gradient in zip(copies, mine)]
+        found = [[gradient is not None, gradient is not None and not gradient.is_sparse] for gradient in mine]
+        counts = torch.tensor(found, dtype=torch.float32, device=copies[0][0].device)
+        return Sums(group, copies, mine, [(_sum(each, group), each) for each in gradients], (_sum(counts, group), counts))
+
+    def finish(self, wait: Callable[..., None]) -> list[Tensor | None]:
+        """Wait for them: the whole gradients, None if no rank has one, sparse if all that have one have it so."""
+        for work, _ in self.gradients:
+            wait(work, SHARING)
+        work, counts = self.counts
+        wait(work, SHARING, on_host=True)
+        found: list[Tensor | None] = []
+        for (some, dense), mine, (_, gradient) in zip(counts.tolist(), self.mine, self.gradients):
+            if some and not dense:
+                rows = _rows(mine, gradient)
+                wait(_sum(rows, self.group), SHARING)
+                at = rows.nonzero()
+                found.append(torch.sparse_coo_tensor(at.t(), gradient[at[:, 0]], gradient.shape, is_coalesced=True, check_invariants=False))
+            else:
+                found.append(gradient if some else None)
+        return found
+
+
+def _sum(tensor: Tensor, group: Any) -> Any:
+    return dist.all_reduce(tensor, group=group, async_op=True)
+
+
+def _dense(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return no_gradient(parameter)
+    return gradient.to_dense() if gradient.is_sparse else gradient.contiguous()
+
+
+def _rows(sparse: Tensor | None, like: Tensor) -> Tensor:
+    """Ones where a sparse gradient has rows, be they zeros."""
+    rows = torch.zeros(len(like), device=like.device)
+    return rows if sparse is None else rows.index_fill_(0, sparse.coalesce().indices()[0], 1)
+
+
 class SharedSums:
     """The sums of ``shared`` parameters (the different tensors that this rank holds for each, by canonical FQN).
 
@@ -32,48 +87,37 @@ class SharedSums:
         program: Program,
         world: World,
         shared: Mapping[str, Sequence[Tensor]],
-        device: torch.device,
         timeout: timedelta,
         wait: Callable[..., None],
     ) -> None:
-        self._shared, self._device, self._wait = shared, device, wait
+        self._shared, self._wait = shared, wait
         self._groups = _groups(program, world, timeout)
-        self._sums: list[tuple[Any, Sequence[Tensor], Tensor]] = []
-        self._there: list[tuple[Any, list[Sequence[Tensor]], Tensor]] = []
+        self._started: list[Sums] = []
 
     def __len__(self) -> int:
         """How many groups there are."""
         return len(self._groups)
 
     def start(self, op: Reduce) -> None:
-        """Start the sums of ``op.values``, and those of how many ranks have a gradient."""
+        """Start the sums of ``op.values``."""
         several = [copies for canonical in op.values if (copies := self._shared.get(canonical))]
-        if not several:
-            return
-        group, found = self._groups[op.ranks], [total(copies) for copies in several]
-        for copies, mine in zip(several, found):
-            gradient = no_gradient(copies[0]) if mine is None else mine.contiguous()
-            self._sums.append((dist.all_reduce(gradient, group=group, async_op=True), copies, gradient))
-        there = torch.tensor([mine is not None for mine in found], dtype=torch.float32, device=self._device)
-        self._there.append((dist.all_reduce(there, group=group, async_op=True), several, there))
+        if several:
+            self._started.append(Sums.start(self._groups[op.ranks], several, [total(copies) for copies in several]))
 
-    def now(self, gradient: Tensor, ranks: tuple[int, ...]) -> None:
-        """Add to ``gradient`` what the other ``ranks`` have, and wait for it."""
-        self._wait(dist.all_reduce(gradient, group=self._groups[ranks], async_op=True), SHARING)
+    def now(self, parameter: Tensor, mine: Tensor | None, ranks: tuple[int, ...]) -> Tensor | None:
+        """The sum of this rank's gradient of a parameter and those of the other ``ranks``; None if there is none."""
+        (whole,) = Sums.start(self._groups[ranks], [[parameter]], [mine]).finish(self._wait)
+        return whole
 
     def finish(self) -> None:
         """Wait for all sums; a parameter that has a gradient on no rank has none."""
-        for work, copies, gradient in self._sums:
-            self._wait(work, SHARING)
-            share(copies, gradient)
-        for work, several, counts in self._there:
-            self._wait(work, SHARING, on_host=True)
-            for copies in (copies for copies, count in zip(several, counts.tolist()) if not count):
-                share(copies, None)
+        for sums in self._started:
+            for copies, whole in zip(sums.copies, sums.finish(self._wait)):
+                share(copies, whole)
         self.abandon()
 
     def abandon(self) -> None:
-        self._sums, self._there = [], []
+        self._started = []
 
     def leave(self, on_device: bool) -> None:
         """Abandon the sums, and let go of the ranks that wait in one."""

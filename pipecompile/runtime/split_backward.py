@@ -158,8 +158,12 @@ def weight_half(rest: Rest) -> None:
 
 def add_gradient(parameter: Tensor, gradient: Tensor, owned: bool) -> None:
     """What autograd does at a parameter. ``owned``: nobody else has the tensor, so it may become ``.grad``."""
-    if parameter.grad is not None:
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        parameter.grad = gradient + parameter.grad
+    elif parameter.grad is not None:
         parameter.grad.add_(gradient)
+    elif gradient.is_sparse:
+        parameter.grad = gradient if owned else gradient.clone()
     elif owned and gradient.stride() == parameter.stride():
         parameter.grad = gradient
     else:

@@ -28,8 +28,10 @@ from pipecompile.runtime.messages import Plans
 from pipecompile.runtime.split_backward import hooked
 from pipecompile.runtime.wiring import Backward, Forward, Update
 
-SumOverRanks = Callable[[Tensor, tuple[int, ...]], None]
-"""Adds, in place, what the ranks have for one gradient."""
+SumOverRanks = Callable[[Tensor, Tensor | None, tuple[int, ...]], Tensor | None]
+"""From a parameter, and this rank's gradient of it: the sum of those of some ranks, None if none has one."""
+Whole = Callable[[Tensor, Tensor | None], Tensor | None]
+"""The same for the ranks that share the parameter."""
 SumOverReplicas = Callable[[Sequence[Tensor]], None]
 """Adds what the replicas of this rank have to the gradients of some parameters."""
 Place = tuple[dict[str, Any], str, int]
@@ -83,7 +85,7 @@ class Line:
     def update(
         self,
         optimizer: torch.optim.Optimizer,
-        add: Callable[[Tensor], None] | None,
+        add: Whole | None,
         over_replicas: SumOverReplicas | None,
     ) -> None:
         """The next version, by the gradients of the next group; ``add`` adds those of other ranks, and of their replicas,
@@ -108,13 +110,12 @@ class Line:
             p.grad = None
         self.newest += 1
 
-    def _whole(self, parts: Sequence[Tensor | None], add: Callable[[Tensor], None] | None) -> list[Tensor | None]:
+    def _whole(self, parts: Sequence[Tensor | None], add: Whole | None) -> list[Tensor | None]:
         """A shared parameter's gradient for each of its copies."""
         there = [part for part in parts if part is not None]
         whole = sum(there[1:], there[0]) if there else None
         if add is not None:
-            whole = torch.zeros_like(self.parameters[0]) if whole is None else whole.contiguous()
-            add(whole)
+            whole = add(self.parameters[0], whole)
         return [whole if index == 0 or whole is None else whole.clone() for index in range(len(parts))]
 
 
@@ -252,8 +253,8 @@ class Versions:
             line.update(self._optimizer, add, self._over_replicas)
 
 
-def _bound(sum_over_ranks: SumOverRanks, ranks: tuple[int, ...]) -> Callable[[Tensor], None]:
-    return lambda gradient: sum_over_ranks(gradient, ranks)
+def _bound(sum_over_ranks: SumOverRanks, ranks: tuple[int, ...]) -> Whole:
+    return lambda parameter, mine: sum_over_ranks(parameter, mine, ranks)
 
 
 def _places(stage: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[Place]:
