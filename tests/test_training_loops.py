@@ -142,7 +142,9 @@ def test_a_parameter_without_a_gradient_has_none(options: dict[str, Any]) -> Non
 
 def assert_updates_meet_none(**options: Any) -> None:
     """A layer that several stages share, and that no word of the batch names, is not touched by the optimizer."""
-    pipe = compiled(Routed(), cross_entropy, words_of(0, 1, 2, 3), opaque=("blocks.*",), schedule="pipedream", **options)
+    pipe = compiled(
+        Routed(), cross_entropy, words_of(0, 1, 2, 3), opaque=("blocks.*",), schedule="pipedream", **options
+    )
     shared = [p for name, p in pipe.named_parameters() if "layers.3" in name]
     optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1, weight_decay=0.1)
     met: list[bool] = []

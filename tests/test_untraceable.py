@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pipecompile
 from pipecompile import Pipe
+from pipecompile.capture import transforms
 from pipecompile.errors import CaptureError, RuntimeFault
 from tests.zoo.harness import compiled, run
 
@@ -445,6 +446,16 @@ def test_blocks_that_transform_functions_are_left_whole_at_once() -> None:
     notes = [note for note in compiled((model, batch, None), 3, 3, "1f1b").plan.notes if "torch.vmap" in note]
     assert len(notes) == 1
     assert re.match(rf"blocks\.\*\.part: left whole.*{__file__}, line \d+: return torch\.vmap", notes[0])
+
+
+def test_without_torchs_private_place_no_transform_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert transforms.running() is None
+    seen: list[int | None] = []
+    torch.vmap(lambda row: seen.append(transforms.running()) or row)(torch.ones(2))
+    monkeypatch.delattr(torch._C._functorch, "maybe_current_level")
+    torch.vmap(lambda row: seen.append(transforms.running()) or row)(torch.ones(2))
+    assert seen[0] is not None
+    assert seen[1] is None
 
 
 def test_a_transform_outside_of_modules_is_refused_by_line_and_the_remedy_helps() -> None:

@@ -73,7 +73,8 @@ def refuse_foreign_draws(step: nn.Module, model: nn.Module, batch: Any, draws: D
 
 
 def _torch_state() -> Any:
-    return torch.default_generator.get_state().numpy().tobytes()
+    on_device = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    return [generator.get_state().numpy().tobytes() for generator in (torch.default_generator, *on_device)]
 
 
 def _foreign_state() -> Any:

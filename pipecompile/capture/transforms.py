@@ -12,8 +12,11 @@ import torch
 
 from pipecompile.errors import CaptureError
 
-running = torch._C._functorch.maybe_current_level
-"""The number of the transform that is running, None outside of any."""
+
+def running() -> int | None:
+    """The number of the transform that is running, None outside of any: torch tells it in a private place only."""
+    level: Callable[[], int | None] | None = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
+    return level() if level is not None else None
 
 
 class Transformed(Exception):

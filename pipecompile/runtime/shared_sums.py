@@ -39,7 +39,9 @@ class Sums:
         gradients = [_dense(some[0], gradient) for some, gradient in zip(copies, mine)]
         found = [[gradient is not None, gradient is not None and not gradient.is_sparse] for gradient in mine]
         counts = torch.tensor(found, dtype=torch.float32, device=copies[0][0].device)
-        return Sums(group, copies, mine, [(_sum(each, group), each) for each in gradients], (_sum(counts, group), counts))
+        return Sums(
+            group, copies, mine, [(_sum(each, group), each) for each in gradients], (_sum(counts, group), counts)
+        )
 
     def finish(self, wait: Callable[..., None]) -> list[Tensor | None]:
         """Wait for them: the whole gradients, None if no rank has one, sparse if all that have one have it so."""
@@ -53,7 +55,11 @@ class Sums:
                 rows = _rows(mine, gradient)
                 wait(_sum(rows, self.group), SHARING)
                 at = rows.nonzero()
-                found.append(torch.sparse_coo_tensor(at.t(), gradient[at[:, 0]], gradient.shape, is_coalesced=True, check_invariants=False))
+                found.append(
+                    torch.sparse_coo_tensor(
+                        at.t(), gradient[at[:, 0]], gradient.shape, is_coalesced=True, check_invariants=False
+                    )
+                )
             else:
                 found.append(gradient if some else None)
         return found

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-import random
-import sys
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipecompile.errors import BuildError
+from pipecompile.weights import random_state
 from pipecompile.weights.checkpoint import Checkpoint
 from pipecompile.weights.guard import Guard, truncated_normals
 from pipecompile.weights.hollow import Hollow, Note
@@ -40,10 +38,10 @@ def materialise(make: Make, owned: Collection[str], checkpoint: Checkpoint | Non
     call without a checkpoint leaves them. A model whose initialiser looks at the values of large tensors is made whole first, with a
     warning. BuildError for a checkpoint that does not fit, named by tensor.
     """
-    before = _random_state()
+    before = random_state.snapshot()
     try:
         need = _rehearse(make, owned, from_file=checkpoint is not None)
-        _set_random_state(before)
+        random_state.restore(before)
         model, hollow = _perform(make, need)
         if any(hollow.number(t) in need.numbers and hollow.is_hollow(t) for _, t in everything(model)):
             raise NeedsValues("a tensor of this rank comes from one that the rehearsal did not have")
@@ -53,7 +51,7 @@ def materialise(make: Make, owned: Collection[str], checkpoint: Checkpoint | Non
             f"{reason}",
             stacklevel=2,
         )
-        _set_random_state(before)
+        random_state.restore(before)
         model, hollow = make(), None
     _strip(model, owned)
     if checkpoint is not None:
@@ -136,15 +134,3 @@ def _read(model: nn.Module, owned: Collection[str], checkpoint: Checkpoint, holl
         if hollow is not None and hollow.is_hollow(tensor):
             hollow.fill(tensor)
         checkpoint.read(names[id(tensor)], tensor)
-
-
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    random.setstate(state[1])
-    if state[2] is not None:
-        sys.modules["numpy"].random.set_state(state[2])
