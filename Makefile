@@ -74,8 +74,8 @@ setup: $(VENV)/installed
 # What is installed is compiled on all cores afterwards; a few packages hold templates that are no Python.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[examples,test]'
+	$(BIN)/python -m pip install -qq --no-compile --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt 'torch==2.13.0'
+	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt -e '.[examples,test]'
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@

@@ -26,7 +26,9 @@ def model() -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return GPT2LMHeadModel(config)
+    made = GPT2LMHeadModel(config)
+    made.loss_type = "ForCausalLM"  # what transformers takes too, with a warning
+    return made
 
 
 def batch() -> dict[str, Tensor]:
