@@ -124,15 +124,14 @@ def _price(
     if costs == "measure":
         return lambda graph: measure(graph, model, microbatch, progress=progress)
     if costs == "estimate":
-        return lambda graph: estimate(graph, machine)
+        found: dict[str, NodeCost] = {}
+        return lambda graph: estimate(graph, machine, found)
     file = existing(costs)
     return lambda graph: read_costs(file, graph)
 
 
-def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machine, options: Options) -> Weigh | None:
-    """What tells the memory that a step takes: stages that run, or are rehearsed where costs were not measured; the cut's
-    own count where there is a limit to keep, which knows no more.
-    """
+def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machine, options: Options) -> Weigh:
+    """What tells the memory that a step takes: stages that run, or are rehearsed where costs were not measured."""
     if costs == "measure":
         return lambda parts, bodies, sources: replace(
             parts,
@@ -151,8 +150,6 @@ def _weigh(costs: str | Path, model: nn.Module, microbatch: Any, machine: Machin
             kernels=(FAKE if has_autocast(parts.graph) else kernels_of(device_of(model, microbatch).type),)
             * len(bodies),
         )
-    if options.memory is not None:
-        return None
     return Rehearsal(model, machine, options.gradient_dtype, halves=options.schedule not in WHOLE)
 
 

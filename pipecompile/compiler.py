@@ -8,20 +8,23 @@ from typing import Any
 
 from torch import nn
 
+from pipecompile.calibration import Calibration
 from pipecompile.capture import Loss, capture
 from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import NodeCost
-from pipecompile.cutting import Cutter, less_memory, with_shorter_step
+from pipecompile.cutting import FIT_SECONDS, Cutter, with_shorter_step
 from pipecompile.ir import Graph, Shape
+from pipecompile.limit import within_limit
 from pipecompile.masters import with_masters
 from pipecompile.passes.assemble import StageBody, assemble
 from pipecompile.passes.codegen import codegen
 from pipecompile.passes.communicate import communicate
 from pipecompile.passes.notes import with_notes
 from pipecompile.passes.opening import Split, split
+from pipecompile.passes.partitioners.clock import Allowance
 from pipecompile.passes.schedules import check_shape
 from pipecompile.passes.verify import verify
-from pipecompile.recomputing import costing, or_advice, recomputed_calls, with_calls, within_memory
+from pipecompile.recomputing import costing, or_advice, recomputed_calls, with_calls
 from pipecompile.simulate import simulate
 
 Price = Callable[[Graph], Mapping[str, NodeCost]]
@@ -47,22 +50,24 @@ def compile_graph(
     graph: Graph, price: Price, options: Options, shape: Shape, name: str, weigh: Weigh | None
 ) -> Compiled:
     """Compile a traced step of the model ``name``."""
+    allowance = Allowance(FIT_SECONDS)
 
-    def compiled(memory: int | None) -> Compiled:
-        cutter = Cutter(replace(options, memory=memory), shape)
-        parts = split(graph, options.stages, costing(price, options.recompute, name, whole=True), cutter)
-        parts = with_shorter_step(parts, cutter)
+    def compiled(memory: int | None, calibration: Calibration) -> Compiled:
+        cutter = Cutter(replace(options, memory=memory), shape, calibration.besides, allowance=allowance)
+        cost = calibration.over(costing(price, options.recompute, name, whole=True))
+        parts = counted = with_shorter_step(split(graph, options.stages, cost, cutter), cutter)
         if "calls" in options.recompute:
-            parts = with_calls(parts, graph, costing(price, options.recompute, name))
+            cost = calibration.over(costing(price, options.recompute, name))
+            parts = counted = with_calls(parts, graph, cost)
         again = recomputed_calls(parts.graph, price(parts.graph))
         bodies = assemble(parts.graph, parts.stage_of, options.stages, options.recompute, again)
         sources = codegen(parts.graph, bodies, parts.partition.costs)
         if weigh is not None:
             parts = weigh(parts, bodies, sources)
 
-        program = communicate(cutter.timetable(parts.partition), parts.partition)
+        program = communicate(cutter.last_timetable(parts.partition, counted.partition), parts.partition)
         program = verify(program, parts.partition)
         forecast = simulate(program, parts.partition, options.link, options.optimizer_factor)
         return Compiled(options, parts, bodies, sources, program, forecast)
 
-    return less_memory(lambda memory: within_memory(compiled, memory, options.recompute), options.memory)
+    return within_limit(compiled, options.memory)

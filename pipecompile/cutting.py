@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
-from pipecompile.compiled import Compiled, Options
+from pipecompile.compiled import Options
 from pipecompile.errors import MemoryLimitError, ProgramError
+from pipecompile.footprint import weighed
 from pipecompile.ir import CostGraph, Partition, Shape, Timetable
 from pipecompile.memory import Demand, demands, in_flight, least_rows, peak_bytes
 from pipecompile.passes.communicate import communicate
@@ -32,9 +32,6 @@ FIT_SECONDS = 20.0
 POLISH_SECONDS = 6.0
 """What is left of them once a partition fits, to make it faster."""
 
-SHARES = (0.95, 0.9, 0.85, 0.8, 0.75)
-"""Shares of the memory that a model is compiled for where its stages, once run, need more than was counted."""
-
 
 @dataclass(frozen=True)
 class Cutter:
@@ -42,6 +39,8 @@ class Cutter:
 
     options: Options
     shape: Shape
+    besides: tuple[int, ...] = ()
+    """Bytes that each rank takes beyond the count (empty: none)."""
     made: dict[Partition, Timetable] = field(default_factory=dict)
     """The orders that were made for partitions."""
     searches: dict[CostGraph, list[Fitting]] = field(default_factory=dict)
@@ -65,7 +64,7 @@ class Cutter:
             costs,
             self.options.stages,
             tolerance=tolerance,
-            memory=memory,
+            memory=[max(1, left) for left in self.left(memory)] if memory else None,
             in_flight=in_flight(self.usual.rows, self.options.stages) if memory else None,
             placement=self.usual.shape.placement if memory else None,
             state_factor=2 + self.options.optimizer_factor,
@@ -105,7 +104,7 @@ class Cutter:
             return self.usual
         if found not in self.made:
             options = self.options
-            limits = (options.memory,) * options.ranks if options.memory else ()
+            limits = self.left(options.memory, found) if options.memory else ()
             order = make_timetable(
                 options.schedule, self.shape, None, found, options.link, limits, options.optimizer_factor
             )
@@ -113,6 +112,19 @@ class Cutter:
                 order = self.usual
             self.made[found] = order
         return self.made[found]
+
+    def last_timetable(self, finished: Partition, counted: Partition) -> Timetable:
+        """The order for a partition whose stages are finished: what was made for it before, where none fits now."""
+        try:
+            return self.timetable(finished)
+        except MemoryLimitError:
+            return self.timetable(counted)
+
+    def left(self, memory: int, found: Partition | None = None) -> tuple[int, ...]:
+        """What of its memory each rank has for what is counted: all, where stages are finished."""
+        if found and weighed(found):
+            return (memory,) * self.options.ranks
+        return tuple(memory - more for more in self.besides or (0,) * self.options.ranks)
 
     def fits(self, found: Partition, memory: int) -> bool:
         """Whether some order of the schedule keeps every rank within its memory."""
@@ -124,7 +136,11 @@ class Cutter:
 
     def peak(self, found: Partition, timetable: Timetable) -> int:
         """The most bytes that a rank holds in the program of a partition."""
-        return max(peak_bytes(communicate(timetable, found), found, self.options.optimizer_factor))
+        return self.most(peak_bytes(communicate(timetable, found), found, self.options.optimizer_factor), found)
+
+    def most(self, peaks: tuple[int, ...], found: Partition) -> int:
+        """The most that a rank holds if so much is counted."""
+        return -min(left - held for left, held in zip(self.left(0, found), peaks))
 
     @property
     def adapts(self) -> bool:
@@ -167,32 +183,8 @@ class Cutter:
             in_program=in_program,
             peak=peak,
             state_factor=2 + self.options.optimizer_factor,
+            besides=self.besides,
         )
-
-
-def less_memory(within: Callable[[int | None], Compiled], memory: int | None) -> Compiled:
-    """What ``within`` gives for the memory of a rank, or for less where the stages, once run, need more than was counted.
-
-    MemoryLimitError if they need too much all the same.
-    """
-    first = found = within(memory)
-    for share in SHARES:
-        if memory is None or max(found.forecast.peak_bytes) <= memory:
-            return found
-        try:
-            found = within(int(share * memory))
-        except MemoryLimitError:
-            break
-    assert memory is not None
-    if max(found.forecast.peak_bytes) <= memory:
-        return found
-    needed = max(first.forecast.peak_bytes)
-    raise MemoryLimitError(
-        f"rank {first.forecast.peak_bytes.index(needed)} needs {needed} bytes, {needed - memory} more than its {memory}, "
-        "as was seen when its stages ran; give more memory, use more stages, smaller microbatches, or a schedule with "
-        "fewer activations in flight",
-        needed,
-    )
 
 
 def _too_little(stages: int, memory: int, needed: float, bound: float | None) -> str:
@@ -219,7 +211,8 @@ def with_shorter_step(parts: Split, cutter: Cutter) -> Split:
         except ProgramError:  # an order made for other ways between the stages
             return math.inf
         forecast = simulate(program, found, options.link, options.optimizer_factor)
-        return math.inf if options.memory and max(forecast.peak_bytes) > options.memory else forecast.step_ms
+        over = options.memory and cutter.most(forecast.peak_bytes, found) > options.memory
+        return math.inf if over else forecast.step_ms
 
     def order(found: Partition) -> Score:
         try:

@@ -135,17 +135,6 @@ def _evaluated(costed: Costed, stage: tuple[int, ...], before: Partition) -> Par
     return evaluate(costed.graph, stage, stages=before.stages, bound_bytes=before.bound_bytes)
 
 
-def within_memory(compiled: Callable[[int | None], Compiled], memory: int | None, modes: tuple[str, ...]) -> Compiled:
-    """What compiles within the memory of a rank; where no cut fits, calls that are closed after an unlimited one may."""
-    try:
-        return compiled(memory)
-    except MemoryLimitError:
-        found = compiled(None) if memory is not None and "calls" in modes else None
-        if found is None or max(found.forecast.peak_bytes) > (memory or 0):
-            raise
-        return found
-
-
 def or_advice(compiled: Callable[[Options], Compiled], options: Options) -> Compiled:
     """What compiles; a MemoryLimitError also says what the fullest rank would hold with recomputation."""
     try:

@@ -77,10 +77,11 @@ def _by_group(group: Sequence[int], sizes: Sequence[int], summed: bool) -> tuple
 class FitModel(Model):
     """The MILP of a partition with a column for each tensor and pair of stages that it may go between.
 
-    Without a ``limit`` of bytes for each rank it minimises the most that a rank holds.
+    Without a ``limit`` of bytes for each rank it minimises the most that a rank holds. ``besides`` are bytes that each rank
+    holds in every partition.
     """
 
-    def __init__(self, flows: Flows, placement: Sequence[int], limit: int | None) -> None:
+    def __init__(self, flows: Flows, placement: Sequence[int], limit: int | None, besides: Sequence[int] = ()) -> None:
         problem, last = flows.problem, flows.problem.stages - 1
         super().__init__(problem, [0] * problem.nodes, [last] * problem.nodes)
         self.limit = limit or 0
@@ -92,7 +93,7 @@ class FitModel(Model):
         }
         self.exists: dict[tuple[int, int, bool], Terms] = {}
         self.largest: dict[int, Terms] = {}
-        self.standing: list[Terms] = [[] for _ in range(max(placement) + 1)]
+        self.standing: list[Terms] = [[(ONE, float(size))] for size in besides or [0] * (max(placement) + 1)]
         for s, rank in enumerate(placement):
             for size, nodes in problem.weights:
                 self.standing[rank] += self._any(nodes, s, size)

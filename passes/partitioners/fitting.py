@@ -43,6 +43,8 @@ class Ranks:
     in_program: Callable[[Partition], tuple[Demand, ...]]
     peak: Callable[[Partition], int]
     state_factor: float
+    besides: tuple[int, ...] = ()
+    """Bytes that each takes beyond what is counted (empty: none); the peak has them."""
 
 
 @dataclass(slots=True)
@@ -147,7 +149,7 @@ class Fitting:
         return None
 
     def _model(self, flows: Flows, limit: int | None) -> FitModel:
-        model = FitModel(flows, self.ranks.placement, limit)
+        model = FitModel(flows, self.ranks.placement, limit, self.ranks.besides)
         model.demand(self.ranks.always())
         for ways, demands in self.known.items():
             model.demand(demands, ways)

@@ -28,10 +28,13 @@ from pipecompile.machine import Machine
 ATTENTION = "aten.scaled_dot_product_attention."
 
 
-def estimate(graph: Graph, machine: Machine) -> dict[str, NodeCost]:
-    """The cost of each node that is not replicated on ``machine``, in milliseconds and bytes for one microbatch."""
+def estimate(graph: Graph, machine: Machine, found: dict[str, NodeCost] | None = None) -> dict[str, NodeCost]:
+    """The cost of each node that is not replicated on ``machine``, in milliseconds and bytes for one microbatch.
+
+    ``found`` keeps what was found on this machine from one graph to the next.
+    """
     known = specs(graph)
-    found: dict[str, NodeCost] = {}
+    found = {} if found is None else found
     costs: dict[str, NodeCost] = {}
     for node in graph.nodes:
         if node.name in graph.replicated:
