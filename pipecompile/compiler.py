@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -52,8 +52,12 @@ def compile_graph(
     """Compile a traced step of the model ``name``."""
     allowance = Allowance(FIT_SECONDS)
 
+    @cache
+    def cutting(calibration: Calibration) -> Cutter:
+        return Cutter(options, shape, calibration.besides, allowance=allowance)
+
     def compiled(memory: int | None, calibration: Calibration) -> Compiled:
-        cutter = Cutter(replace(options, memory=memory), shape, calibration.besides, allowance=allowance)
+        cutter = cutting(calibration).within(memory)
         cost = calibration.over(costing(price, options.recompute, name, whole=True))
         parts = counted = with_shorter_step(split(graph, options.stages, cost, cutter), cutter)
         if "calls" in options.recompute:

@@ -33,6 +33,10 @@ POLISH_SECONDS = 6.0
 """What is left of them once a partition fits, to make it faster."""
 
 
+NEAR = 0.01
+"""How near to the least memory a search ends where what is counted is itself a forecast."""
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts cost graphs for a schedule, within the memory of each rank by the count of the program that is made of them."""
@@ -78,7 +82,7 @@ class Cutter:
         searches = self.searches[costs]
         for search in searches:
             with self.allowance.share() as seconds:
-                fit = search.any(memory, seconds)
+                fit = search.lightest if search.needed <= memory else search.any(memory, seconds)
             if fit:
                 self.allowance.seconds = min(self.allowance.seconds, POLISH_SECONDS)
                 with self.allowance.share() as seconds:
@@ -112,6 +116,10 @@ class Cutter:
                 order = self.usual
             self.made[found] = order
         return self.made[found]
+
+    def within(self, memory: int | None) -> Cutter:
+        """One for another limit, which knows what was found by this one."""
+        return replace(self, options=replace(self.options, memory=memory), made={})
 
     def last_timetable(self, finished: Partition, counted: Partition) -> Timetable:
         """The order for a partition whose stages are finished: what was made for it before, where none fits now."""
@@ -184,6 +192,7 @@ class Cutter:
             peak=peak,
             state_factor=2 + self.options.optimizer_factor,
             besides=self.besides,
+            near=NEAR if self.besides else 0.0,
         )
 
 

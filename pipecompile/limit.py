@@ -26,6 +26,9 @@ CUTS = 3
 LIGHTEST = 2
 """Cuts that need least, each by what was learned of the last one."""
 
+NEAR = 0.02
+"""Where the lightest cut takes so little more than was counted, another count would hardly find a lighter one."""
+
 Within = Callable[[int | None, Calibration], Compiled]
 """What compiles within a limit by the corrected count; MemoryLimitError if nothing does."""
 
@@ -57,7 +60,7 @@ class _Search:
         best = min([self.free, *([fast] if fast else []), *self._lightest(first)], key=_most)
         if self._fits(best):
             return best
-        raise MemoryLimitError(_too_little(best, self.memory), _most(best))
+        raise MemoryLimitError(_too_little(best, self.memory, least_bytes(self.free)), _most(best))
 
     def _fast(self, calibration: Calibration) -> Compiled | None:
         """The last of the fastest cuts that fit by the count."""
@@ -82,7 +85,7 @@ class _Search:
             if cut is None:
                 break
             found.append(cut)
-            if self._fits(cut):
+            if self._fits(cut) or _most(cut) <= (1 + NEAR) * needed:
                 break
             calibration = calibration.after(cut)
         return found
@@ -106,10 +109,25 @@ def _same(one: Compiled, other: Compiled) -> bool:
     return one.sources == other.sources
 
 
-def _too_little(best: Compiled, memory: int) -> str:
+def least_bytes(found: Compiled) -> int:
+    """What some rank holds in every partition: an equal share of parameters, gradients and optimizer state, or the
+    largest parameter's.
+    """
+    factor = found.options.optimizer_factor
+    parameters = {p.name: p for node in found.split.costed.graph.nodes for p in node.parameters}.values()
+    sizes = [
+        p.bytes + int(p.bytes * p.trainable * (1 + factor)) + p.master_bytes + int(p.master_bytes / 2 * (1 + factor))
+        for p in parameters
+    ]
+    return max(-(-sum(sizes) // found.options.ranks), *sizes, 0)
+
+
+def _too_little(best: Compiled, memory: int, least: int) -> str:
     needed = _most(best)
     rank = best.forecast.peak_bytes.index(needed)
+    state = "parameters, gradients and optimizer state alone"
+    proved = f"; less than {least} would not, for {state}" if least > memory else ""
     return (
         f"no partition into {best.options.stages} stages that fits in memory was found: {needed} bytes for each rank "
-        f"would do ({format_bytes(needed)}, for rank {rank}), {needed - memory} more than its {memory}"
+        f"would do ({format_bytes(needed)}, for rank {rank}), {needed - memory} more than its {memory}{proved}"
     )

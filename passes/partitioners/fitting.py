@@ -45,6 +45,8 @@ class Ranks:
     state_factor: float
     besides: tuple[int, ...] = ()
     """Bytes that each takes beyond what is counted (empty: none); the peak has them."""
+    near: float = 0.0
+    """A share of the least memory that a partition may need more and still be the least."""
 
 
 @dataclass(slots=True)
@@ -119,8 +121,9 @@ class Fitting:
 
     def _least(self, flows: Flows, seconds: float) -> None:
         clock = Clock.of(seconds)
-        while clock.left() > 0 and self.needed > self.bound * (1 + ROUNDING) + 1:
-            solved = self._model(flows, None).solve(clock.left())
+        near = self.ranks.near
+        while clock.left() > 0 and self.needed > self.bound * (1 + near + ROUNDING) + 1:
+            solved = self._model(flows, None).solve(clock.left(), gap=near / 2)
             if solved.status == "infeasible":  # every partition that could need less has been seen
                 self._bound(flows, self.needed)
                 break
