@@ -12,7 +12,7 @@ from pipecompile.calibration import Calibration
 from pipecompile.capture import Loss, capture
 from pipecompile.compiled import Compiled, Options
 from pipecompile.cost import NodeCost
-from pipecompile.cutting import FIT_SECONDS, Cutter, with_shorter_step
+from pipecompile.cutting import RECUT_SECONDS, Cutter, with_shorter_step
 from pipecompile.ir import Graph, Shape
 from pipecompile.limit import within_limit
 from pipecompile.masters import with_masters
@@ -50,10 +50,12 @@ def compile_graph(
     graph: Graph, price: Price, options: Options, shape: Shape, name: str, weigh: Weigh | None
 ) -> Compiled:
     """Compile a traced step of the model ``name``."""
-    allowance = Allowance(FIT_SECONDS)
+    allowance = Allowance(RECUT_SECONDS)
 
     @cache
     def cutting(calibration: Calibration) -> Cutter:
+        if not calibration.besides:
+            return Cutter(options, shape)
         return Cutter(options, shape, calibration.besides, allowance=allowance)
 
     def compiled(memory: int | None, calibration: Calibration) -> Compiled:

@@ -29,6 +29,9 @@ SECONDS = 2.0
 FIT_SECONDS = 20.0
 """For all searches of partitions that fit in memory, where the partitioner finds none by its own count."""
 
+RECUT_SECONDS = 5.0
+"""For all of them where what is counted is itself a forecast, which finished stages correct."""
+
 POLISH_SECONDS = 6.0
 """What is left of them once a partition fits, to make it faster."""
 

@@ -129,5 +129,6 @@ def _too_little(best: Compiled, memory: int, least: int) -> str:
     proved = f"; less than {least} would not, for {state}" if least > memory else ""
     return (
         f"no partition into {best.options.stages} stages that fits in memory was found: {needed} bytes for each rank "
-        f"would do ({format_bytes(needed)}, for rank {rank}), {needed - memory} more than its {memory}{proved}"
+        f"would do ({format_bytes(needed)}, for rank {rank}), {needed - memory} more than its {memory}{proved}; "
+        "give more memory, use more ranks, or keep fewer microbatches in flight"
     )

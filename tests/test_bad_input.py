@@ -55,7 +55,7 @@ def compile(model: nn.Module | None = None, **options: Any) -> pipecompile.Pipe:
         ),
         ({"loss": lambda model, batch: model(batch)}, CaptureError, r"the loss is \(4, 4\), expected .* one element; reduce"),
         ({"loss": None}, CaptureError, r"returned Tensor of shape \(4, 4\), .* write a function loss\(model, batch\)"),
-        ({"memory": 200}, MemoryLimitError, "640 bytes for each rank would do, 440 more than its 200, and less would not; give more memory, use more ranks"),
+        ({"memory": 200}, MemoryLimitError, r"1096 bytes for each rank would do \(1.1 KiB, for rank 1\), 896 more than its 200; less than 320 would not, for .*; give more memory, use more ranks"),
         ({"memory": "80XB"}, CostError, "'80XB' is not a number of bytes; expected .* for example 80GiB"),
         ({"opaque": ("foo.*",)}, CaptureError, "opaque='foo.*' names no module of Sequential; modules are 0, 1, 2"),
         ({"costs": "mesure"}, CostError, "no cost file .mesure.; costs are .measure., .estimate., or a JSON file"),
