@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check setup golden wheel-test zoo faults processes inductor mutants figures kill-test weights-memory
+.PHONY: demo test check setup golden wheel-test zoo faults restarts processes inductor mutants figures kill-test weights-memory
 
 demo: setup
 	$(BIN)/pipecompile examples/gpt2.py --stages 4 --out build
@@ -35,6 +35,10 @@ weights-memory: setup
 # A process raises, is killed, is stopped or hangs at 20 random places each: all must be told of that place.
 faults: setup
 	$(BIN)/python -m tests.runtime.faults
+
+# A rank is killed at random moments of a run, once or twice, and torchrun starts all anew: the same losses, to the last bit.
+restarts: setup
+	$(BIN)/python -m tests.runtime.restarts
 
 # Every schedule on GPT-2, T5 and UNet2D in two real processes; two replicas of two ranks.
 processes: setup

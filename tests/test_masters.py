@@ -278,6 +278,18 @@ def ranks_resume_masters(folder: str) -> None:
         bare.load_checkpoint(folder, adam(bare))
 
 
+def replicas_resume_masters(folder: str) -> None:
+    """Each of two processes has all stages; the masters that come back are not rounded when replicas are made equal."""
+    pipes = [compiled(narrow(), ranks=1, schedule="interleaved-1f1b", gradient_dtype=torch.float32) for _ in range(2)]
+    optimizers = [adam(pipe) for pipe in pipes]
+    train(pipes[0], optimizers[0], range(2))
+    pipes[0].save_checkpoint(folder, optimizers[0])
+    expected = train(pipes[0], optimizers[0], range(2, 4))
+    pipes[1].load_checkpoint(folder, optimizers[1])
+    for name, p in train(pipes[1], optimizers[1], range(2, 4)).items():
+        assert torch.equal(p, expected[name]), name
+
+
 def test_training_goes_on_with_masters_where_there_were_none(tmp_path: Any) -> None:
     model = narrow()
     pipe = compiled(model)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipecompile.runtime import connect
 from tests.runtime.processes import run
-from tests.test_masters import ranks_resume_masters, replicas_train_masters
+from tests.test_masters import ranks_resume_masters, replicas_resume_masters, replicas_train_masters
 from tests.test_scaling import ranks_scale_alike
 from tests.test_sparse import ranks_sum_sparse_gradients
 from tests.test_step_options import (
@@ -41,7 +41,8 @@ CASES = (
 
 def every_case(rank: int, folder: str) -> list[str]:
     connect(timeout_s=60)
-    ranks_resume_masters(folder)
+    ranks_resume_masters(f"{folder}/ranks")
+    replicas_resume_masters(f"{folder}/replicas")
     passed = []
     for case in CASES:
         case()

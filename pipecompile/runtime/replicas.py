@@ -164,9 +164,10 @@ def _flatten(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def start_equal(group: Any, stages: Mapping[int, nn.Module], timeout: timedelta) -> None:
-    """Give the stages the parameters and buffers of replica 0."""
+    """Give the stages the parameters and buffers of replica 0. What is equal is left alone: its master may know it better."""
     for stage in stages.values():
         for tensor in (*stage.parameters(), *stage.buffers()):
-            whole = tensor.detach().contiguous()
+            whole = tensor.detach().clone(memory_format=torch.contiguous_format)
             wait_for(dist.broadcast(whole, group_src=0, group=group, async_op=True), timeout, "replica 0 of this rank")
-            tensor.detach().copy_(whole)
+            if not torch.equal(tensor, whole):
+                tensor.detach().copy_(whole)
