@@ -79,8 +79,8 @@ def build_of(setting: Setting, place: Path) -> Path:
     return target
 
 
-def run(setting: Setting, build: Path, place: Path, kills: list[Kill]) -> tuple[list[Any], float]:
-    """What the processes saw in each step, and the seconds that it took; RuntimeError unless the job came to its end."""
+def run(setting: Setting, build: Path, place: Path, kills: list[Kill]) -> list[Any]:
+    """What the processes saw in each step; RuntimeError unless the job came to its end."""
     agent = ["torch.distributed.run", "--standalone", "--max-restarts", str(len(kills)), "--nproc-per-node"]
     job = ["tests.runtime.restarting", build, place]
     if not setting.own:
@@ -88,15 +88,15 @@ def run(setting: Setting, build: Path, place: Path, kills: list[Kill]) -> tuple[
         job += ["--timeout", 60]
     words = [sys.executable, "-m", *agent, str(setting.ranks * setting.replicas), "-m", *map(str, job)]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILLS": json.dumps(kills)}
-    began = time.monotonic()
     done = subprocess.run(
         words, env=os.environ | variables, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-6000:])
     if not setting.own:
-        return json.loads(done.stdout)["losses"], time.monotonic() - began
-    return [seen(path) for path in sorted(place.glob("seen-*.txt"))], time.monotonic() - began
+        losses: list[float] = json.loads(done.stdout)["losses"]
+        return losses
+    return [seen(path) for path in sorted(place.glob("seen-*.txt"))]
 
 
 def seen(path: Path) -> dict[int, Any]:
@@ -138,7 +138,7 @@ def wrong(setting: Setting, build: Path, place: Path, some: list[Kill], whole: t
     """How a job that was killed differs from the ``whole`` one; empty if it does not."""
     place.mkdir()
     try:
-        found, seconds = run(setting, build, place, some)
+        found = run(setting, build, place, some)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         return f"it did not come to its end: {error}"
     expected, untouched = whole
@@ -159,7 +159,7 @@ def main(words: list[str]) -> int:
                 here = Path(name, f"whole {len(known)}")
                 (here / "saved").mkdir(parents=True)
                 build = build_of(setting, here)
-                losses, _ = run(setting, build, here / "saved", [])
+                losses = run(setting, build, here / "saved", [])
                 known[setting] = build, losses, here / "saved"
             build, losses, untouched = known[setting]
             began = time.monotonic()
