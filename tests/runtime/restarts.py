@@ -7,6 +7,7 @@ a checkpoint is flushed or renamed. Losses and the last checkpoint's files are t
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -74,7 +75,7 @@ def build_of(setting: Setting, place: Path) -> Path:
         return target
     words = [restarting.__file__, "--stages", setting.stages, "--ranks", setting.ranks, "--microbatches", 4]
     words += ["--schedule", setting.schedule, "--costs", "estimate", "--no-check", "--json", "--out", target]
-    with redirect_stdout(None):
+    with redirect_stdout(io.StringIO()):
         assert command([str(word) for word in words]) == 0
     return target
 
