@@ -3,9 +3,10 @@
 A rank computes in the order of its row, each instruction as soon as its inputs are there. Messages leave when their
 value is made, one at a time on each channel (source rank, target rank, direction), and take ``bytes / bytes_per_ms``
 of the channel and ``latency_ms`` more to arrive; with ``overlap`` off, both ranks stand still meanwhile. A gradient
-reduction is a ring over its ranks, which all wait for the last one; one over replicas goes on while the rank computes, one
-after another, and the step ends when it has. An update inside the step takes the rank's optimizer time; of a shared
-parameter, the reduction's. O(instructions).
+reduction is a ring over its ranks in all replicas, which all wait for the last one; one of a stage over replicas goes on
+while the rank computes, one after another, and the step ends when it has. An update inside the step waits for the stage's
+sum over replicas and takes the rank's optimizer time; of a shared parameter, the reduction's. (A ring of n moves 2(n-1)
+messages of 1/n of the bytes: Patarasuk and Yuan 2009.) O(instructions).
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ class _State:
     spans: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
     replicas: int = 1
     summed: dict[int, float] = field(default_factory=dict)
+    summed_apart: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def step(self, rank: int, position: int, one: Instruction) -> bool:
         span = self.run(rank, one)
@@ -159,15 +161,24 @@ class _State:
         if one.op in RECEIVES:
             return self.receive(rank, one)
         if one.op == "UPDATE" and not one.values:
-            return self.update(rank)
+            return self.update(rank, one)
         return self.reduce_replicas(rank, one) if one.op == "REDUCE_REPLICAS" else self.reduce(rank, one)
 
-    def update(self, rank: int) -> tuple[float, float]:
+    def update(self, rank: int, one: Instruction) -> tuple[float, float]:
         start = self.clock[rank]
         took = self.optimizer_ms[rank]
-        self.clock[rank] += took
+        self.clock[rank] += self.ring_ms(self.own_bytes(one.stage), self.replicas) + took
         self.busy[rank] += took
         return start, self.clock[rank]
+
+    def ring_ms(self, size: float, processes: int) -> float:
+        """Milliseconds of a sum over so many processes, which all have ``size`` bytes."""
+        return 2 * (processes - 1) * (self.link.occupied_ms(size) / processes + self.link.latency_ms)
+
+    def own_bytes(self, stage: int) -> int:
+        """A stage's gradients that are summed with no other stage's."""
+        shared = sum(size for name, size in self.sizes.items() if stage in self.summed_apart.get(name, ()))
+        return max(0, self.costs[stage].trainable_bytes - shared)
 
     def compute(self, rank: int, one: Instruction) -> tuple[float, float] | None:
         start = self.clock[rank]
@@ -215,7 +226,7 @@ class _State:
         return span
 
     def reduce(self, rank: int, one: Instruction) -> tuple[float, float] | None:
-        """A ring over the ranks of the parameter: 2(n-1) messages of 1/n of its gradient."""
+        """A ring over the ranks of the parameter, in all replicas."""
         name = one.values[0]
         here = self.waiting.setdefault((name, one.version), {})
         here.setdefault(rank, self.clock[rank])
@@ -223,16 +234,13 @@ class _State:
         if len(here) < count:
             return None
         start = max(here.values())
-        each = self.link.occupied_ms(self.sizes.get(name, 0)) / count + self.link.latency_ms
-        self.clock[rank] = start + 2 * (count - 1) * each
+        self.clock[rank] = start + self.ring_ms(self.sizes.get(name, 0), count * self.replicas)
         return start, self.clock[rank]
 
     def reduce_replicas(self, rank: int, one: Instruction) -> tuple[float, float]:
         """A ring over the replicas of this rank, which come here at the same time."""
         start = max(self.clock[rank], self.summed.get(rank, 0.0))
-        size = self.costs[one.stage].trainable_bytes
-        each = self.link.occupied_ms(size) / self.replicas + self.link.latency_ms
-        self.summed[rank] = start + 2 * (self.replicas - 1) * each
+        self.summed[rank] = start + self.ring_ms(self.own_bytes(one.stage), self.replicas)
         if not self.link.overlap:
             self.clock[rank] = self.summed[rank]
         return start, self.summed[rank]
@@ -254,6 +262,7 @@ def simulate(
     """
     ranks = program.shape.ranks
     sizes = {shared.parameter: shared.bytes for shared in partition.shared}
+    apart = {one.values[0] for row in program.rows for one in row if one.op in ("REDUCE_GRAD", "UPDATE") and one.values}
     after = optimizer_ms or [0.0] * ranks
     state = _State(
         program,
@@ -265,6 +274,7 @@ def simulate(
         busy=[0.0] * ranks,
         replicas=replicas,
         optimizer_ms=after,
+        summed_apart={shared.parameter: shared.stages for shared in partition.shared if shared.parameter in apart},
     )
     waiting = stuck(program.rows, walk(program.rows, state.step))
     if waiting:

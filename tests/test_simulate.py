@@ -68,6 +68,32 @@ def test_sums_over_replicas_go_on_while_a_rank_computes():
     assert forecast.busy_ms == pytest.approx((3, 3))
 
 
+def test_a_shared_parameter_is_summed_over_ranks_and_replicas_once():
+    """A ring of four over its 40 bytes: 6 ms; of the 60 bytes of each stage, 20 are its own: 2 ms over two replicas."""
+    costs = [StageCost(1.0, 2.0, 1.0, saved_bytes=1, trainable_bytes=60)] * 2
+    partition = chain(2, costs=costs, shared=[Shared("w", (0, 1), bytes=40)])
+    program = for_replicas(program_of("gpipe", Shape(2, 2, 1), partition), 2)
+    forecast = simulate(program, partition, Link(bytes_per_ms=10), replicas=2)
+    took = {
+        program.rows[s.rank][s.position].op: s.end_ms - s.start_ms
+        for s in forecast.spans
+        if program.rows[s.rank][s.position].op.startswith("REDUCE")
+    }
+    assert took == {"REDUCE_GRAD": pytest.approx(6), "REDUCE_REPLICAS": pytest.approx(2)}
+
+
+def test_an_update_waits_for_its_sum_over_replicas():
+    """One microbatch, whose update of each stage is a ring of two over 40 bytes (4 ms), then the optimizer's 1 ms."""
+    partition = chain(2, costs=[StageCost(1.0, 2.0, 1.0, saved_bytes=1, trainable_bytes=40)] * 2)
+    program = program_of("pipedream", Shape(2, 2, 1), partition)
+    alone, both = (
+        simulate(program, partition, Link(bytes_per_ms=10), optimizer_ms=(1, 1), replicas=replicas)
+        for replicas in (1, 2)
+    )
+    assert both.step_ms == pytest.approx(alone.step_ms + 4)
+    assert both.busy_ms == alone.busy_ms == pytest.approx((4, 4))
+
+
 def test_the_optimizer_adds_to_its_rank():
     forecast = simulate(program_of("gpipe", Shape(2, 2, 1), chain(2)), chain(2), optimizer_ms=(1, 4))
     assert forecast.step_ms == 4 + 4
