@@ -171,7 +171,7 @@ class _State:
         self.busy[rank] += took
         return start, self.clock[rank]
 
-    def ring_ms(self, size: float, processes: int) -> float:
+    def ring_ms(self, size: int, processes: int) -> float:
         """Milliseconds of a sum over so many processes, which all have ``size`` bytes."""
         return 2 * (processes - 1) * (self.link.occupied_ms(size) / processes + self.link.latency_ms)
 
