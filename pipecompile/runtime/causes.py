@@ -130,7 +130,8 @@ class Search:
         elif 0 <= at < len(row):
             receives = row[at].op in RECEIVES
             instructions = self._needs.get((process % ranks, at), []) if receives or waits else []
-            needs = {first + rank: (round_, position, int(receives)) for rank, position in instructions}
+            firsts = [first] if row[at].op != "UPDATE" else range(0, self._processes, ranks)
+            needs = {f + rank: (round_, position, int(receives)) for rank, position in instructions for f in firsts}
         elif at == SUMMING and waits:
             needs = dict.fromkeys(replica, (round_, SUMMING, 0))
         elif at == len(row) and waits:
@@ -142,15 +143,15 @@ class Search:
         """For each instruction that waits for other ranks, by (rank, position): the instructions that it waits for."""
         placement = self._program.shape.placement
         sent: dict[Channel, deque[tuple[int, int]]] = defaultdict(deque)
-        updates: dict[tuple[tuple[str, ...], int], list[tuple[int, int]]] = defaultdict(list)
+        updates: dict[tuple[tuple[str, ...] | int, int], list[tuple[int, int]]] = defaultdict(list)
         places = [(r, position, one) for r, row in enumerate(self._program.rows) for position, one in enumerate(row)]
         for rank, position, one in places:
             if one.op in SENDS:
                 sent[channel_of(one, placement)].append((rank, position))
             elif one.op == "UPDATE":
-                updates[one.values, one.version].append((rank, position))
+                updates[one.values or one.stage, one.version].append((rank, position))
         received = {(r, position): channel_of(one, placement) for r, position, one in places if one.op in RECEIVES}
-        shared = {(r, position): (one.values, one.version) for r, position, one in places if one.op == "UPDATE"}
+        shared = {(r, position): (one.values or one.stage, one.version) for r, position, one in places if one.op == "UPDATE"}
         return {here: [sent[channel].popleft()] for here, channel in received.items()} | {
             here: updates[update] for here, update in shared.items()
         }

@@ -12,8 +12,9 @@ from pipecompile.runtime.faults import STORE_SECONDS
 from pipecompile.runtime.marks import OUTSIDE, PLACE, TOKEN, Mark
 
 BEAT_S = 1.0
-GRACE_S = 5.0
-"""How long a process may take to hear that the program has failed."""
+GRACE_S = 3.0
+"""How long a process may take to hear that the program has failed. The longest way to the end of all: the timeout, four
+seconds of silence until the cause is known (causes.py), a beat until a process that hangs reads it, and this."""
 
 
 def beat_key(name: str, process: int) -> str:

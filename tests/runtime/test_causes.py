@@ -41,6 +41,8 @@ def words(program: Program, process: int, stand: Stand) -> tuple[int, int, int]:
         ("gpipe", 4, 1, [(3, BEGINNING, 0), (2, OUTSIDE, 0), (2, "2SEND_B3>1", 0), (2, OUTSIDE, 0)], 2),
         # an update of a parameter that ranks share, which 3 has not come to wait for
         ("pipedream", 4, 1, [(2, "0UPDATE0@1(wte.weight)", 1), (2, "1F3@1", 0), (2, "2F2@1", 0), (2, "3UPDATE0@1(wte.weight)", 0)], 3),
+        # a stage's own update, for which 0 waits in both replicas and 1, behind it, in none
+        ("pipedream", 4, 2, [(2, "0UPDATE0@1", 1), (2, "1UPDATE0@1", 0), *[(2, END, 1)] * 2, (2, "0B0@0", 0), *[(2, END, 1)] * 3], 4),
         # the other replica
         ("zb-v", 2, 2, [(2, END, 1), (2, END, 1), (2, END, 1), (2, "2W3", 0)], 3),
     ],
