@@ -28,6 +28,7 @@ from pipecompile.runtime import (
     Ran,
     RankRuntime,
     begin_microbatch,
+    check_current,
     own_streams,
     split,
     watch,
@@ -191,6 +192,8 @@ class Pipe(Part):
 
     def _runtime(self, trains: bool) -> LocalRuntime | RankRuntime:
         if trains not in self._runtimes:
+            if self.plan.random:
+                check_current(next((p.device for p in self.parameters()), torch.device("cpu")))
             self._runtimes[trains] = self._make_runtime(trains)
             if self.plan.random or self.plan.reported:
                 self._runtimes[trains].before_forward(self._begin_microbatch)

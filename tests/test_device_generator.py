@@ -8,6 +8,8 @@ from torch import nn
 
 from pipecompile.capture.draws import Draws
 from pipecompile.capture.tracepoints import Recorder
+from pipecompile.errors import RuntimeFault
+from pipecompile.runtime import check_current
 from pipecompile.weights import random_state
 from pipecompile.weights.materialise import materialise
 
@@ -20,6 +22,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.Generator:
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     return generator
+
+
+def test_another_device_than_the_current_one_is_refused(device: torch.Generator) -> None:
+    check_current(torch.device("cuda"))
+    check_current(torch.device("cuda", 0))
+    with pytest.raises(RuntimeFault, match=r"stages are on cuda:1, but .* is cuda:0; call torch.cuda.set_device\(1\)"):
+        check_current(torch.device("cuda", 1))
 
 
 class Drawn(nn.Module):

@@ -1,7 +1,7 @@
 """Executes programs: stages, microbatches, transports and the executor. Knows the values of ``ir`` and the errors only."""
 
 from pipecompile.runtime.agree import any_failed, first_to_say, from_first_rank, settling
-from pipecompile.runtime.device import device_of
+from pipecompile.runtime.device import check_current, device_of
 from pipecompile.runtime.executor import Ran
 from pipecompile.runtime.faults import connect
 from pipecompile.runtime.local import LocalRuntime
@@ -34,6 +34,7 @@ __all__ = [
     "any_failed",
     "backend_here",
     "begin_microbatch",
+    "check_current",
     "compile_recomputed",
     "connect",
     "device_of",

@@ -151,7 +151,9 @@ class Search:
             elif one.op == "UPDATE":
                 updates[one.values or one.stage, one.version].append((rank, position))
         received = {(r, position): channel_of(one, placement) for r, position, one in places if one.op in RECEIVES}
-        shared = {(r, position): (one.values or one.stage, one.version) for r, position, one in places if one.op == "UPDATE"}
+        shared = {
+            (r, position): (one.values or one.stage, one.version) for r, position, one in places if one.op == "UPDATE"
+        }
         return {here: [sent[channel].popleft()] for here, channel in received.items()} | {
             here: updates[update] for here, update in shared.items()
         }

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pipecompile.errors import RuntimeFault
+
 
 def device_of(stage: nn.Module, batch: Any) -> torch.device:
     """The device of the stage's first parameter or buffer, else of the batch's first tensor, else the CPU."""
@@ -17,3 +19,14 @@ def device_of(stage: nn.Module, batch: Any) -> torch.device:
         if isinstance(leaf, torch.Tensor):
             return leaf.device
     return torch.device("cpu")
+
+
+def check_current(device: torch.device) -> None:
+    """RuntimeFault if ``device`` is a GPU other than this process's current one, on whose streams events are recorded and
+    messages are copied, and whose generator is seeded.
+    """
+    if device.type == "cuda" and device.index not in (None, current := torch.cuda.current_device()):
+        raise RuntimeFault(
+            f"the stages are on {device}, but the current device of this process is cuda:{current}; call "
+            f"torch.cuda.set_device({device.index}) before the model is made"
+        )

@@ -90,7 +90,7 @@ class GroupSender:
 
     def send(self, values: Sequence[Value]) -> None:
         tensors = [
-            as_it_lies(value, spec).contiguous()
+            as_it_lies(value, spec).resolve_conj().resolve_neg().contiguous()  # what a group sends is memory
             for value, spec in zip(values, next(self._next))
             if value is not None and value.numel()
         ]

@@ -19,6 +19,7 @@ from pipecompile.errors import PeerFault, RuntimeFault
 from pipecompile.ir import Instruction, Program, Spec, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
+from pipecompile.runtime.device import check_current
 from pipecompile.runtime.device_progress import DeviceWatch, waiting_places
 from pipecompile.runtime.ends import Ends
 from pipecompile.runtime.executor import Executor, Ran, Step, timed, told
@@ -73,6 +74,7 @@ class RankRuntime:
         self._world = world = world_of(ranks)
         first = next((p for stage in stages.values() for p in stage.parameters()), torch.empty(0))
         self._device = torch.device(device) if device is not None else first.device
+        check_current(self._device)
         self._timeout = timedelta(seconds=timeout_s)
         self._microbatches = program.shape.microbatches
         self._failed = ""
