@@ -2,7 +2,8 @@
 
 step         p.main_grad ──▶ master.grad          (the same tensor)
 optimizer    master ◀── master.grad
-next step    p ◀── master, rounded                (evaluate and saving do the same first)
+             p ◀── master, rounded                behind the optimizer's step; what was changed by hand, when the next
+                                                  step, evaluate or saving begins
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pipecompile.errors import BuildError
 from pipecompile.ir import Graph
@@ -60,10 +61,17 @@ def main_gradients(parameters: Iterable[Tensor], dtype_name: str) -> Iterator[No
 
 
 @functools.cache
-def refuse_optimizers_of_narrow_parameters() -> None:
+def watch_optimizers() -> None:
     """From now on, in this process, an optimizer's step is a BuildError where it would pass over a parameter because its
-    gradient is the master's."""
+    gradient is the master's, and rounds masters that it has changed."""
     register_optimizer_step_pre_hook(_refuse_narrow)
+    register_optimizer_step_post_hook(_round_masters)
+
+
+def _round_masters(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if (write_back := getattr(p, "write_back", None)) is not None:
+            write_back()
 
 
 def _refuse_narrow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -85,10 +93,12 @@ class Masters:
         for p in parameters:
             forget_main_gradient(p)
             if _has_master(p, dtype_name):
-                refuse_optimizers_of_narrow_parameters()
+                watch_optimizers()
                 dtype = getattr(torch, dtype_name)
                 keep_main_gradient(p, dtype)
-                self._masters[id(p)] = (p, nn.Parameter(p.detach().to(dtype)))
+                master: Any = nn.Parameter(p.detach().to(dtype))
+                master.write_back = functools.partial(self._write_back, id(p))
+                self._masters[id(p)] = (p, master)
                 self._seen[id(p)] = p._version
 
     def of(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -109,15 +119,19 @@ class Masters:
         for p, master in self._masters.values():
             master.grad = gradient(p)
 
-    @torch.no_grad()
     def write_back(self) -> None:
         """Round masters into their parameters; one whose parameter was given another value takes that."""
-        for key, (p, master) in self._masters.items():
-            if p._version != self._seen[key]:
-                master.copy_(p)
-            else:
-                p.copy_(master)
-            self._seen[key] = p._version
+        for key in self._masters:
+            self._write_back(key)
+
+    @torch.no_grad()
+    def _write_back(self, key: int) -> None:
+        p, master = self._masters[key]
+        if p._version != self._seen[key]:
+            master.copy_(p)
+        else:
+            p.copy_(master)
+        self._seen[key] = p._version
 
     @torch.no_grad()
     def read_again(self) -> None:

@@ -133,8 +133,8 @@ class Part:
 
     def named_master_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What an optimizer trains under ``gradient_dtype``: a copy in that dtype of each narrow parameter, whose ``.grad``
-        is the gradient summed in it, and every other parameter itself. Parameters get their new values when the next
-        ``step``, ``evaluate`` or ``save_weights`` begins.
+        is the gradient summed in it, and every other parameter itself. Parameters get their new values behind the
+        optimizer's step; those of a master that is changed otherwise when the next ``step``, ``evaluate`` or saving begins.
         """
         return [(name, self._masters.of(p)) for name, p in self.named_parameters()]
 

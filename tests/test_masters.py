@@ -66,7 +66,6 @@ def test_masters_train_as_on_the_unsplit_model(schedule: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
         unsplit.write_back()
-        pipe.evaluate(words())
         for mine, expected in zip(model.parameters(), unsplit.model.parameters()):
             assert mine.dtype == torch.bfloat16
             torch.testing.assert_close(mine, expected, rtol=1e-2, atol=0)
