@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ def device_of(stage: nn.Module, batch: Any) -> torch.device:
         if isinstance(leaf, torch.Tensor):
             return leaf.device
     return torch.device("cpu")
+
+
+def device_among(stages: Iterable[nn.Module], store: Any, name: str, process: int, processes: int) -> torch.device:
+    """The device of a process's first parameter or buffer; if its stages have none, this process's device of the kind that
+    others have, for messages leave and arrive on one kind. All processes must call it.
+    """
+    first = next((t for stage in stages for t in (*stage.parameters(), *stage.buffers())), None)
+    store.set(f"{name}/device/{process}", "" if first is None else first.device.type)
+    if first is not None:
+        return first.device
+    kinds = [store.get(f"{name}/device/{other}").decode() for other in range(processes) if other != process]
+    return torch.device(next(filter(None, kinds), "cpu"))
 
 
 def check_current(device: torch.device) -> None:

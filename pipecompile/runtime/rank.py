@@ -19,7 +19,7 @@ from pipecompile.errors import PeerFault, RuntimeFault
 from pipecompile.ir import Instruction, Program, Spec, StagePlan, Value
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
-from pipecompile.runtime.device import check_current
+from pipecompile.runtime.device import check_current, device_among
 from pipecompile.runtime.device_progress import DeviceWatch, waiting_places
 from pipecompile.runtime.ends import Ends
 from pipecompile.runtime.executor import Executor, Ran, Step, timed, told
@@ -72,9 +72,6 @@ class RankRuntime:
         found = by_index(plans, program)
         ranks = program.shape.ranks
         self._world = world = world_of(ranks)
-        first = next((p for stage in stages.values() for p in stage.parameters()), torch.empty(0))
-        self._device = torch.device(device) if device is not None else first.device
-        check_current(self._device)
         self._timeout = timedelta(seconds=timeout_s)
         self._microbatches = program.shape.microbatches
         self._failed = ""
@@ -83,6 +80,9 @@ class RankRuntime:
         store = dist.distributed_c10d._get_default_store()
         name = f"pipecompile/runtime/{next(_made)}"
         check_in(store, world.process, world.processes, name, timeout_s)
+        here = device_among(stages.values(), store, name, world.process, world.processes)
+        self._device = torch.device(device) if device is not None else here
+        check_current(self._device)
         outlive_sigterm()
         keep_freed_memory()
         self._sentry = Sentry(store, name, program, world.process, world.processes, timeout_s)
@@ -213,8 +213,11 @@ class RankRuntime:
         self._check_alive()
         self._sentry.begin(SUMMING)
         try:
-            work = dist.all_reduce(tensor, group=self._everyone, async_op=True)
+            whole = tensor.to(self._device)  # a rank without parameters may have made it elsewhere
+            work = dist.all_reduce(whole, group=self._everyone, async_op=True)
             self._wait(work, "the other ranks, which must call this too", on_host=True)
+            if whole is not tensor:
+                tensor.copy_(whole)
         except Exception as error:
             raise self._fail(error) from error
         finally:

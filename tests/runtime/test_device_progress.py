@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Instruction
 from pipecompile.runtime import connect
+from pipecompile.runtime.device import device_among
 from pipecompile.runtime.device_progress import DeviceWatch, Progress, waiting_places
 from pipecompile.runtime.ends import Ends
 from pipecompile.runtime.executor import Step
@@ -149,6 +151,16 @@ def test_staged_messages_between_processes() -> None:
         assert ran > 2 * MICROBATCHES
         for name, gradient in gradients.items():
             torch.testing.assert_close(torch.tensor(gradient), expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_a_rank_without_parameters_is_on_the_kind_of_device_that_others_have() -> None:
+    store = HashStore()
+    for process, kind in ((0, ""), (2, "meta")):
+        store.set(f"here/device/{process}", kind)
+    assert device_among([torch.nn.Tanh()], store, "here", 1, 3) == torch.device("meta")
+    assert device_among([torch.nn.Tanh(), torch.nn.BatchNorm1d(2)], store, "here", 1, 3) == torch.device("cpu")
+    store.set("here/device/2", "")
+    assert device_among([torch.nn.Tanh()], store, "here", 1, 3) == torch.device("cpu")
 
 
 def hang(rank: int) -> str:
