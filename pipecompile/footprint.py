@@ -17,6 +17,7 @@ from functools import cached_property
 
 from pipecompile.errors import CostError
 from pipecompile.ir import AFTER_HALF, COMPUTE, RECEIVES, SENDS, Instruction, Partition, Program, Route, Routes, Use
+from pipecompile.ir.batches import as_run
 from pipecompile.ir.lifetimes import Channel, arrivals, channel_of, most_on_the_way
 
 AHEAD = 2
@@ -48,7 +49,8 @@ class Footprint:
         return tuple(found)
 
     def _walks(self) -> list[list[tuple[int, int]]]:
-        under_way = most_on_the_way(self.program, arrivals(self.program))
+        program = as_run(self.program)
+        under_way = most_on_the_way(program, arrivals(program))
         ranks = range(self.program.shape.ranks)
         return [list(self._walk(rank, self._standing(rank) + self._places(rank, under_way))) for rank in ranks]
 

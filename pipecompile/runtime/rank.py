@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipecompile.errors import PeerFault, RuntimeFault
 from pipecompile.ir import Instruction, Program, Spec, StagePlan, Value
+from pipecompile.ir.batches import as_run
 from pipecompile.ir.versions import updates
 from pipecompile.runtime.channels import Channels, Contents, Meeting, contents
 from pipecompile.runtime.device import check_current, device_among
@@ -69,6 +70,7 @@ class RankRuntime:
         shared_memory: bool = True,
         inputs: Sequence[Value] = (),
     ) -> None:
+        program = as_run(program)
         found = by_index(plans, program)
         ranks = program.shape.ranks
         self._world = world = world_of(ranks)

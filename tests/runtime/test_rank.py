@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipecompile.errors import RuntimeFault
+from pipecompile.ir.batches import as_run
 from pipecompile.runtime import RankRuntime, connect
 from tests.runtime.handmade import PLANS, Net, accumulate, batch_of, program_of, stages_of
 from tests.runtime.processes import run
@@ -36,7 +37,7 @@ def train(rank: int, ranks: int, schedules: tuple[str, ...], weight: str, shared
         model, runtime = runtime_of(rank, schedule, ranks, weight=weight, timeout_s=30, shared_memory=shared_memory)
         ran: list[Any] = []
         losses = [runtime.step(batch_of(MICROBATCHES, seed), ran).item() for seed in (1, 2)]
-        assert [one for one, _, _ in ran] == 2 * list(program_of(schedule, ranks, MICROBATCHES).rows[rank])
+        assert [one for one, _, _ in ran] == 2 * list(as_run(program_of(schedule, ranks, MICROBATCHES)).rows[rank])
         assert all(began <= ended <= following for (_, began, ended), (_, following, _) in itertools.pairwise(ran))
         gradients = {name: p.grad.tolist() for name, p in model.named_parameters() if p.grad is not None}
         found[schedule] = losses, gradients, {name: b.tolist() for name, b in model.named_buffers()}
