@@ -24,6 +24,7 @@ import torch.distributed as dist
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Program
 from pipecompile.ir.versions import updates
+from pipecompile.ir.batches import as_run
 from pipecompile.passes.replicas import for_replicas
 from pipecompile.runtime import RankRuntime, connect
 from pipecompile.runtime.marks import OUTSIDE, PLACE, SUMMING
@@ -64,7 +65,7 @@ class Case:
 
     @property
     def program(self) -> Program:
-        return for_replicas(program_of(self.schedule, self.ranks, MICROBATCHES), self.replicas)
+        return as_run(for_replicas(program_of(self.schedule, self.ranks, MICROBATCHES), self.replicas))
 
     @property
     def place(self) -> str:
