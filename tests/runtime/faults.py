@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from pipecompile.errors import RuntimeFault
 from pipecompile.ir import Program
-from pipecompile.ir.versions import updates
 from pipecompile.ir.batches import as_run
+from pipecompile.ir.versions import updates
 from pipecompile.passes.replicas import for_replicas
 from pipecompile.runtime import RankRuntime, connect
 from pipecompile.runtime.marks import OUTSIDE, PLACE, SUMMING
